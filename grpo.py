@@ -1,0 +1,278 @@
+"""
+GRPO, and with a teacher dGRPO (paper, Eq. 4 and 6): group-relative policy optimization whose KL anchor is a stronger
+teacher instead of a frozen copy of the policy.
+
+    J = E [ 1/G sum_i 1/|o_i| sum_t  min( rho_it A_i , clip(rho_it, 1-eps, 1+eps) A_i )  -  beta KL( pi || pi_teacher )_it ]
+    rho_it = pi(o_it | p, o_i<t) / pi_old(o_it | p, o_i<t)          A_i = (r_i - mean r_1..G) / std r_1..G
+
+The KL is taken over the whole vocabulary at every completion token, in the loss, outside the clip. A zero reward for the
+whole group gives GRPO nothing to learn from; the KL still says, token by token, what the teacher would have written.
+
+    python grpo.py                                          GRPO: reward alone
+    python grpo.py --teacher out/teacher --out out/dgrpo    dGRPO, beta 0.5
+    python grpo.py --teacher ref --beta 0.01                the classic: KL to the frozen starting point
+    python grpo.py --teacher self --updates 4               KL to the policy that sampled (with 1 update it is exactly 0)
+
+Where the paper is silent: one update per rollout, temperature 1, truncated completions keep their reward and loss.
+The loss printed at the first update is no measure of progress: with rho = 1 and centred advantages its policy part is 0
+while its gradient is not.
+"""
+import copy, math, time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from kernels import token_loss, token_stats
+from model import (Pack, UserError, adamw, load_student, load_teacher, lr_at, pick_device, run, save, split_by_size,
+                   start_run)
+from rollout import completion_text, data_order, generate, prompt_ids, read_examples, score
+
+
+@dataclass
+class Config:
+    """GRPO; with --teacher, dGRPO."""
+    model: str = "out/sft"              # checkpoint to start from
+    teacher: str = ""                   # checkpoint of the KL's anchor, or ref, or self; empty: no KL
+    data: str = "out/data/rl.jsonl"     # examples with answers, one JSON object per line
+    out: str = "out/grpo"               # where the checkpoint and metrics.jsonl go
+    ctx: int = 640                      # tokens of prompt and completion at most
+    max_new: int = 128                  # tokens of a completion at most
+    batch: int = 8                      # prompts per step
+    group: int = 8                      # completions of each prompt; the advantage compares within them
+    micro: int = 16384                  # tokens of the largest stream; smaller needs less memory, same gradient
+    steps: int = 60                     # rollouts
+    updates: int = 1                    # optimizer steps on each rollout
+    lr: float = 3e-4                    # learning rate (paper: 1e-6)
+    warmup: int = 5                     # steps of linear warm-up
+    schedule: str = "constant"          # constant, or cosine down to a tenth
+    clip: float = 1.0                   # largest norm of the gradient
+    temperature: float = 1.0            # of sampling, and of the policy that is trained
+    beta: float = 0.5                   # weight of the KL to the teacher
+    kl: str = "reverse"                 # reverse, forward, jsd (whole vocabulary); k2 (sampled token); k1 (in the advantage)
+    advantage_std: bool = True          # divide advantages by the group's standard deviation
+    eps_low: float = 0.2                # the ratio is clipped at 1 - eps_low ...
+    eps_high: float = 0.2               # ... and at 1 + eps_high (DAPO: 0.28)
+    aggregate: str = "sequence"         # mean over tokens of: sequence (paper), token (DAPO), constant (Dr. GRPO)
+    ratio: str = "token"                # token, sequence (GSPO), or cispo (clipped ratio as a constant weight)
+    tis: float = 0.0                    # > 0: correct sampler-trainer differences by a ratio truncated here
+    mask_truncated: bool = False        # completions cut off at max_new carry no loss
+    drop_equal: bool = False            # leave out groups of equal rewards (their KL to the teacher goes with them)
+    seed: int = 0                       # order of the data and sampling noise
+
+
+# -------------------------------------------------------------------------------------------------------------------- losses
+
+def advantages(rewards, use_std=True):
+    """Group-relative advantages: rewards [B, G] -> [B, G], (r - mean) / (std + 1e-4); exactly 0 where all are equal."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    if use_std:
+        centred = centred / (rewards.std(1, keepdim=True) + 1e-4)
+    return centred.masked_fill(equal_rewards(rewards)[:, None], 0.0)
+
+
+def equal_rewards(rewards):
+    """Groups [B] whose rewards differ by no more than rounding."""
+    return rewards.amax(1) - rewards.amin(1) < 1e-6
+
+
+def token_weights(lengths, counted, aggregate, max_new):
+    """Weight of every token, so that sum_t weight_t * x_t is the mean over the whole batch.
+
+    lengths, counted [M]: tokens of each completion, and whether it carries loss. -> [M], the weight of each of its tokens.
+        sequence   1 / (|o_i| M)         every completion counts the same (GRPO, the paper)
+        token      1 / sum |o_i|         every token counts the same (DAPO)
+        constant   1 / (max_new M)       as `sequence`, without its preference for short right answers (Dr. GRPO)
+    """
+    counted = counted.float()
+    completions = counted.sum().clamp(min=1)  # all of them truncated and masked: weights are 0, not NaN
+    if aggregate == "sequence":
+        return counted / (lengths.clamp(min=1) * completions)
+    if aggregate == "token":
+        return counted / (lengths * counted).sum().clamp(min=1)
+    return counted / (max_new * completions)
+
+
+def policy_loss(logp, logp_old, advantage, weight, eps_low=0.2, eps_high=0.2, ratio="token", seq=None):
+    """- sum_t weight_t min(rho_t A_t, clip(rho_t, 1 - eps_low, 1 + eps_high) A_t). All vectors are [n], one entry a token.
+
+    ratio "sequence" (GSPO, arXiv 2507.18071) replaces rho_t by the geometric mean over its completion, numbered by seq [n];
+    "cispo" (arXiv 2506.13585) is - sum_t weight_t sg(min(rho_t, 1 + eps_high)) A_t logp_t: no token loses its gradient."""
+    log_ratio = logp - logp_old
+    if ratio == "sequence":
+        sums = torch.zeros(int(seq.max()) + 1 if len(seq) else 0, dtype=logp.dtype, device=logp.device)
+        log_ratio = (sums.index_add(0, seq, log_ratio) / seq.bincount().clamp(min=1))[seq]
+    rho = log_ratio.exp()
+    if ratio == "cispo":
+        return -(weight * rho.clamp(max=1 + eps_high).detach() * advantage * logp).sum()
+    return -(weight * torch.min(rho * advantage, rho.clamp(1 - eps_low, 1 + eps_high) * advantage)).sum()
+
+
+def k2(logp, logp_teacher):
+    """(log pi - log pi_teacher)^2 / 2 of the sampled token: its expected gradient is that of the reverse KL.
+
+    Not offered: k1 in the loss, whose expected gradient is 0, and k3, whose gradient is that of the forward KL."""
+    return (logp - logp_teacher).square() / 2
+
+
+# ------------------------------------------------------------------------------------------------------------------- streams
+
+@dataclass
+class Stream:
+    """A pack and what the loss wants to know of each of its N completion tokens; vectors are [N]."""
+    pack: Pack
+    logp_old: torch.Tensor                       # under the policy that sampled, as the sampler saw it
+    advantage: torch.Tensor
+    weight: torch.Tensor                         # makes sums over tokens means over the whole batch
+    teacher_hidden: torch.Tensor | None = None   # [N, D of the teacher]
+    logp_teacher: torch.Tensor | None = None     # only for k1 and k2
+    logp_first: torch.Tensor | None = None       # the trainer's own value at the first update, for --tis
+
+
+@torch.no_grad()
+def build_stream(groups, advantage, weight, teacher, cfg, device):
+    """groups [(prompt_ids, [Completion, ...]), ...] with advantage and weight of each completion -> Stream."""
+    pack = Pack.build([(prompt, [c.tokens for c in completions]) for prompt, completions in groups], device)
+    logp_old = torch.tensor([x for _, completions in groups for c in completions for x in c.logps], device=device)
+    s = Stream(pack, logp_old, advantage.to(device)[pack.seq], weight.to(device)[pack.seq])
+    if teacher is not None:
+        s.teacher_hidden = teacher(pack)[pack.rows]  # one pass serves all completions; only their rows are kept
+        if cfg.kl in ("k1", "k2"):
+            s.logp_teacher = token_stats(s.teacher_hidden, teacher.head_weight, pack.targets, temperature=cfg.temperature,
+                                         vocab=teacher.n_vocab).logp
+        if cfg.kl == "k1":
+            s.advantage = s.advantage - cfg.beta * (logp_old - s.logp_teacher)
+    return s
+
+
+def stream_loss(s, stats, rows, cfg, first):
+    """The loss of some rows of a stream, given their statistics: a sum over tokens, so that it can be taken in chunks."""
+    old, weight, policy_weight = s.logp_old[rows], s.weight[rows], s.weight[rows]
+    if cfg.tis:  # pi_old is the trainer's own value; how far the sampler was from it becomes a constant, truncated weight
+        own = stats.logp.detach() if first else s.logp_first[rows]
+        policy_weight, old = weight * (own - old).exp().clamp(max=cfg.tis), own
+    loss = policy_loss(stats.logp, old, s.advantage[rows], policy_weight, cfg.eps_low, cfg.eps_high, cfg.ratio, s.pack.seq[rows])
+    if s.teacher_hidden is not None and cfg.kl == "k2":
+        loss = loss + cfg.beta * (weight * k2(stats.logp, s.logp_teacher[rows])).sum()
+    elif s.teacher_hidden is not None and cfg.kl != "k1":
+        loss = loss + cfg.beta * (weight * stats.kl).sum()       # this line makes GRPO dGRPO
+    return loss
+
+
+# ---------------------------------------------------------------------------------------------------------------------- main
+
+def check(cfg):
+    if cfg.group < 2:
+        raise UserError(f"--group {cfg.group}: a completion is compared with the others of its group, so it needs at least 2")
+    if cfg.kl == "k3":
+        raise UserError("--kl k3: in the loss its gradient is that of the forward KL, whatever its value; use k2, or forward")
+    for name, choices in dict(kl=("reverse", "forward", "jsd", "k1", "k2"), aggregate=("sequence", "token", "constant"),
+                              ratio=("token", "sequence", "cispo"), schedule=("constant", "cosine")).items():
+        if getattr(cfg, name) not in choices:
+            raise UserError(f"--{name} {getattr(cfg, name)}: choose one of {', '.join(choices)}")
+    if cfg.temperature <= 0:
+        raise UserError(f"--temperature {cfg.temperature}: completions of a group must differ, so it must be positive")
+
+
+def main(cfg):
+    check(cfg)
+    device = pick_device()
+    model, tokenizer = load_student(cfg.model, device)
+    examples = read_examples(cfg.data)
+    prompts = [prompt_ids(tokenizer, e, cfg.ctx, cfg.max_new) for e in examples]
+    longest = max(map(len, prompts)) + cfg.group * cfg.max_new
+    if longest > cfg.micro:
+        raise UserError(f"--micro {cfg.micro}: the longest prompt with its {cfg.group} completions can take {longest} tokens")
+    teacher = None
+    if cfg.teacher in ("ref", "self"):
+        teacher = copy.deepcopy(model).requires_grad_(False)
+    elif cfg.teacher and cfg.beta:
+        teacher = load_teacher(cfg.teacher, device, tokenizer)
+    log = start_run(cfg, "grpo")
+    optimizer = adamw(model, cfg.lr)
+    full_kl = dict(kl=cfg.kl) if cfg.kl not in ("k1", "k2") else {}
+
+    bar = tqdm(range(cfg.steps), desc=f"{'dgrpo' if teacher else 'grpo':8} {cfg.out}")
+    for step in bar:
+        if cfg.teacher == "self":
+            teacher.load_state_dict(model.state_dict())
+
+        # roll out: G completions of each prompt, and their rewards
+        times = [time.time()]
+        chosen = data_order(len(examples), cfg.batch, step, cfg.seed)
+        completions = generate(model, [prompts[i] for i in chosen], cfg.group, cfg.max_new, cfg.temperature,
+                               stop_ids=tokenizer.stop_ids, seed=(cfg.seed, step))                    # [B][G]
+        rewards = torch.tensor([[score(examples[i], completion_text(tokenizer, c)) for c in group]
+                                for i, group in zip(chosen, completions)])                           # [B, G]
+        lengths = torch.tensor([[len(c.tokens) for c in group] for group in completions])            # [B, G]
+        finished = torch.tensor([[c.finished for c in group] for group in completions])              # [B, G]
+        equal = equal_rewards(rewards)                                                               # [B]
+        advantage = advantages(rewards, cfg.advantage_std)                                           # [B, G]
+        counted = torch.ones_like(finished)
+        if cfg.mask_truncated:
+            counted &= finished
+        if cfg.drop_equal:
+            counted &= ~equal[:, None]
+        weight = token_weights(lengths, counted, cfg.aggregate, cfg.max_new)                         # [B, G]
+
+        # pack whole groups, as many into a stream as --micro allows, and let the teacher read them
+        times.append(time.time())
+        kept = counted.any(1).nonzero()[:, 0].tolist()
+        sizes = [len(prompts[chosen[b]]) + int(lengths[b].sum()) for b in kept]
+        streams = [build_stream([(prompts[chosen[b]], completions[b]) for b in part], advantage[part].flatten(),
+                                weight[part].flatten(), teacher, cfg, device)
+                   for part in split_by_size(kept, sizes, cfg.micro)]
+
+        # update: all streams make one optimizer step
+        times.append(time.time())
+        for update in range(cfg.updates):
+            optimizer.param_groups[0]["lr"] = lr_at(step, cfg)
+            sums = dict.fromkeys(("loss", "kl", "kl_loss", "entropy", "clipped", "logp_diff", "logp_diff_max"), 0.0)
+            for s in streams:
+                hidden = model(s.pack)[s.pack.rows]                                                  # [N, D]
+                head = (hidden, model.head_weight, s.pack.targets)
+                if teacher is not None and full_kl:
+                    head += (s.teacher_hidden, teacher.head_weight)
+                options = dict(temperature=cfg.temperature, vocab=model.n_vocab, **full_kl)
+                if cfg.ratio == "sequence":  # the ratio couples all tokens of a completion: statistics first, then the loss
+                    stats = token_stats(*head, **options)
+                    loss = stream_loss(s, stats, slice(None), cfg, update == 0)
+                else:
+                    loss, stats = token_loss(lambda stats, rows: stream_loss(s, stats, rows, cfg, update == 0), *head, **options)
+                loss.backward()
+                with torch.no_grad():
+                    if update == 0:
+                        s.logp_first = stats.logp.detach()
+                    rho, difference = (stats.logp - s.logp_old).exp(), (s.logp_first - s.logp_old).abs()
+                    kl = stats.kl if s.logp_teacher is None else stats.logp - s.logp_teacher
+                    sums["loss"] += loss.item()
+                    sums["kl"] += kl.sum().item()
+                    sums["kl_loss"] += cfg.beta * (s.weight * kl).sum().item()
+                    sums["entropy"] += stats.entropy.sum().item()
+                    sums["clipped"] += ((rho < 1 - cfg.eps_low) | (rho > 1 + cfg.eps_high)).sum().item()
+                    sums["logp_diff"] += difference.sum().item()
+                    sums["logp_diff_max"] = max(sums["logp_diff_max"], difference.max().item())
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
+            optimizer.step()
+            optimizer.zero_grad()
+        times.append(time.time())
+        if not math.isfinite(sums["loss"]):
+            raise UserError(f"the loss is {sums['loss']} at step {step}: lower --lr")
+
+        # log; of several updates the last
+        rows = max(sum(len(s.pack.rows) for s in streams), 1)
+        reward = rewards.mean().item()
+        sampling, scoring, updating = np.diff(times).tolist()
+        log(dict(step=step, reward=reward, reward_std=rewards.std(1).mean().item(), zero_variance=equal.float().mean().item(),
+                 loss=sums["loss"], policy_loss=sums["loss"] - sums["kl_loss"], kl=sums["kl"] / rows,
+                 entropy=sums["entropy"] / rows, clipped=sums["clipped"] / rows, logp_diff=sums["logp_diff"] / rows,
+                 logp_diff_max=sums["logp_diff_max"], length=lengths.float().mean().item(), length_max=lengths.max().item(),
+                 truncated=1 - finished.float().mean().item(), grad_norm=grad_norm, lr=lr_at(step, cfg),
+                 tokens=sum(sizes), seconds_sampling=sampling, seconds_teacher=scoring, seconds_update=updating))
+        bar.set_postfix_str(f"reward {reward:.2f}" + (f" kl {sums['kl'] / rows:.3f}" if teacher else ""))
+    save(cfg.out, model, tokenizer)
+
+
+if __name__ == "__main__":
+    run(main, Config)

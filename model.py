@@ -1,0 +1,810 @@
+"""
+The model: tokenizer, packed streams, transformer, checkpoints, and the few functions every script shares.
+
+One decoder serves the whole recipe, from a 0.4M-parameter student on a laptop to Qwen3-32B as a teacher. It reads and
+writes Hugging Face directories (Qwen3, Qwen2/2.5, Llama-3.x architectures), so what a stage leaves behind loads in
+transformers, vLLM and lm-eval unchanged.
+
+The one unusual thing is the shape of its input. There is no padding and no batch axis: tokens come as one flat stream
+    prompt 1, completion 1.1, ..., completion 1.G, prompt 2, ...
+in which every completion sees its prompt and itself, and nothing else (class Pack). A prompt of 128K tokens with 8
+completions is computed once, not 8 times. Everything but attention works row by row on [T, D] and never notices.
+
+Letters used in all files:
+    T tokens in a stream        P prompt tokens        G completions of one prompt       R completion tokens
+    N rows that carry loss      D hidden size          H / K query / key-value heads     C head size      V vocabulary
+"""
+import argparse, dataclasses, inspect, json, math, os, re, shutil, sys, time, unicodedata
+from dataclasses import dataclass
+
+import numpy as np
+import regex  # comes with tiktoken
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.nn.attention.bias import causal_lower_right
+
+
+class UserError(ValueError):
+    """A mistake that the person at the keyboard can mend; the message says how. Scripts print it without a traceback."""
+
+
+def read_json(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------- tokenizer
+
+# Qwen's pre-tokenisation: contractions, words with one leading character, single digits, punctuation, white space
+QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # ByteLevel's own, use_regex
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
+                   "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+
+
+def byte_alphabet():
+    """Byte -> the printable character that stands for it in tokenizer.json (GPT-2's table): printable bytes stand for
+    themselves, the other 68 are moved to U+0100 onwards."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    moved = (b for b in range(256) if b not in printable)
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(moved)}
+
+
+class Tokenizer:
+    """Byte-level BPE of a Hugging Face `tokenizer.json`, run by tiktoken, and the chat template that goes with it.
+
+    Text of documents, questions and users can never become a special token: those enter only where the template puts
+    them, so "<|im_end|>" inside a document cannot close the turn."""
+
+    def __init__(self, files, where="tokenizer"):
+        """files: name -> bytes of the TOKENIZER_FILES that exist; they are kept, and saved again byte for byte."""
+        self.files, self.where = files, where
+        spec = self._json("tokenizer.json")
+        pattern, self.nfc = self._check_supported(spec)
+
+        # tiktoken numbers tokens by merge rank: the id of a merged token must grow in the order of the merges
+        byte_of = {c: b for b, c in byte_alphabet().items()}
+        added = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
+        try:
+            ranks = {bytes(byte_of[c] for c in token): i for token, i in spec["model"]["vocab"].items() if token not in added}
+            merged = [spec["model"]["vocab"]["".join(m.split(" ") if isinstance(m, str) else m)] for m in spec["model"]["merges"]]
+        except KeyError as missing:
+            raise UserError(f"{where}: {missing} in the vocabulary or the merges is not byte-level BPE") from None
+        if any(a > b for a, b in zip(merged, merged[1:])):
+            raise UserError(f"{where}: token ids do not follow the order of the merges, which tiktoken needs")
+        unmerged = {i for token, i in ranks.items() if len(token) > 1} - set(merged)
+        if unmerged and not spec["model"].get("ignore_merges"):
+            raise UserError(f"{where}: token {min(unmerged)} is made by no merge and ignore_merges is off")
+        self.n_vocab = max([*ranks.values(), *added.values()]) + 1  # rows of the model beyond this are never used
+        # tiktoken wants all 256 bytes: those the vocabulary lacks get ids past its end, and encode() drops them
+        self.missing = [b for b in range(256) if bytes([b]) not in ranks]
+        ranks |= {bytes([b]): self.n_vocab + i for i, b in enumerate(self.missing)}
+        self.encoding = tiktoken.Encoding("checkpoint", pat_str=pattern, mergeable_ranks=ranks, special_tokens=added)
+        self.pattern, self.special = pattern, added
+        # added tokens that a model may write itself, such as <think>: "special": false in the file
+        self.markup = {t["content"] for t in spec.get("added_tokens", []) if not t["special"]}
+        self.bos = self._leading_special(spec.get("post_processor"))
+
+        config, generation = self._json("tokenizer_config.json"), self._json("generation_config.json")
+        self.template, self.turn_end = self._known_template(config)
+        stops = generation.get("eos_token_id", [])
+        stops = [stops] if isinstance(stops, int) else list(stops or [])
+        eos = config.get("eos_token")
+        eos = eos["content"] if isinstance(eos, dict) else eos
+        stops += [self.special[name] for name in (eos, self.turn_end) if name in self.special]
+        self.stop_ids = sorted(set(stops))
+
+    @classmethod
+    def from_dir(cls, path):
+        files = {}
+        for name in TOKENIZER_FILES:
+            if os.path.exists(os.path.join(path, name)):
+                with open(os.path.join(path, name), "rb") as f:
+                    files[name] = f.read()
+        return cls(files, where=path)
+
+    def _json(self, name):
+        if name not in self.files:
+            if name == "tokenizer.json":
+                raise UserError(f"{self.where} has no tokenizer.json")
+            return {}
+        try:
+            return json.loads(self.files[name])
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.where}/{name} is not valid JSON: {error}") from None
+
+    def _check_supported(self, spec):
+        """The pre-tokenisation pattern and whether text is NFC-normalised; refuse what tiktoken cannot do exactly."""
+        def refuse(what):
+            raise UserError(f"{self.where}/tokenizer.json: {what} is not supported (only byte-level BPE is)")
+        bpe = spec.get("model", {})
+        if bpe.get("type") != "BPE":
+            refuse(f"model type {bpe.get('type')!r}")
+        for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+            if bpe.get(key):
+                refuse(f"{key}={bpe[key]!r}")
+        for token in spec.get("added_tokens", []):
+            if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
+                refuse(f"added token {token['content']!r} with lstrip, rstrip or single_word")
+        normalizer = spec.get("normalizer") or {"type": None}
+        if normalizer["type"] not in (None, "NFC"):
+            refuse(f"normalizer {normalizer['type']!r}")
+        pre = spec.get("pre_tokenizer") or {"type": None}
+        steps = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
+        split, byte_level = (steps + [None])[:2] if len(steps) == 2 else (None, steps[0])
+        if byte_level["type"] != "ByteLevel" or byte_level.get("add_prefix_space"):
+            refuse(f"pre_tokenizer {byte_level['type']!r}")
+        if split is None and byte_level.get("use_regex", True):
+            return GPT2_PATTERN, normalizer["type"] == "NFC"
+        if (split is None or byte_level.get("use_regex", True) or split["type"] != "Split" or split.get("invert")
+                or split.get("behavior") != "Isolated" or "Regex" not in split["pattern"]):
+            refuse(f"pre_tokenizer {pre}")
+        return split["pattern"]["Regex"], normalizer["type"] == "NFC"
+
+    def _leading_special(self, post):
+        """Ids that the file puts in front of plain text (Llama's <|begin_of_text|>)."""
+        for step in (post or {}).get("processors", [post or {}]):
+            first = (step.get("single") or [{}])[0]
+            if "SpecialToken" in first:
+                return [self.special[first["SpecialToken"]["id"]]]
+        return []
+
+    def _known_template(self, config):
+        """(family, the token that ends a turn). We render the known families by hand instead of running Jinja."""
+        text = self.files.get("chat_template.jinja", b"").decode() or config.get("chat_template") or ""
+        if isinstance(text, list):  # several named templates
+            text = {t["name"]: t["template"] for t in text}.get("default", "")
+        if "<|im_start|>" in text:
+            if "enable_thinking" in text:
+                return "qwen3", "<|im_end|>"
+            return ("qwen2.5" if "created by Alibaba Cloud" in text else "chatml"), "<|im_end|>"
+        if "<|start_header_id|>" in text:
+            return ("llama3.1" if "Cutting Knowledge Date" in text else "llama3"), "<|eot_id|>"
+        return None, None  # a base model: fine until somebody asks for a chat
+
+    def encode(self, text, allowed=()):
+        """Ids of a text. Special tokens written in it are plain text, except those named in `allowed`."""
+        if self.nfc:
+            text = unicodedata.normalize("NFC", text)
+        if self.missing and not set(self.missing).isdisjoint(text.encode("utf-8", "replace")):
+            return self._encode_without_missing_bytes(text, allowed)
+        return self.encoding.encode(text, allowed_special=set(allowed), disallowed_special=())
+
+    def _encode_without_missing_bytes(self, text, allowed):
+        """As the tokenizers library does it: a byte without a token vanishes after pre-tokenisation, before merging."""
+        ids, gone = [], bytes(self.missing)
+        specials = "|".join(regex.escape(s) for s in sorted(allowed, key=len, reverse=True))
+        for part in regex.split(f"({specials})", text) if specials else [text]:
+            if part in allowed:
+                ids.append(self.special[part])
+            else:
+                for piece in regex.findall(self.pattern, part):
+                    ids += self.encoding._encode_single_piece(piece.encode("utf-8", "replace").translate(None, gone))
+        return ids
+
+    def decode(self, ids):
+        """Text of ids; bytes that are not valid UTF-8 become U+FFFD."""
+        return self.encoding.decode(ids, errors="replace")
+
+    def chat(self, messages, think=True):
+        """Prompt ids of [{"role", "content"}, ...] up to where the assistant begins to write.
+
+        think=False closes the thinking block at once where the template has one (Qwen3's enable_thinking=False)."""
+        if self.template is None:
+            raise UserError(f"{self.where} has no chat template we know (Qwen2.5, Qwen3 and Llama 3 ones are): use --no-chat, "
+                            "or put a known chat_template into its tokenizer_config.json")
+        for m in messages:
+            if m.get("role") not in ("system", "user", "assistant") or not isinstance(m.get("content"), str):
+                raise UserError(f"a message needs a role (system, user, assistant) and a text content, found {m!r:.200}")
+        turns = [(m["role"], m["content"]) for m in messages]
+        if self.template.startswith("llama3"):
+            return self._llama3_chat(turns)
+        if self.template == "qwen2.5" and turns[0][0] != "system":
+            turns = [("system", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")] + turns
+        start, end, newline = self.special["<|im_start|>"], self.special["<|im_end|>"], self.encode("\n")
+        ids = []
+        for role, content in turns:
+            if role == "assistant" and self.template == "qwen3":  # thoughts of earlier turns are not shown again
+                content = content.split("</think>")[-1].lstrip("\n")
+            ids += [start] + self.encode(f"{role}\n{content}") + [end] + newline
+        ids += [start] + self.encode("assistant\n")
+        if self.template == "qwen3" and not think:
+            ids += self.encode("<think>\n\n</think>\n\n", allowed=self.markup)
+        return ids
+
+    def _llama3_chat(self, turns):
+        if self.template == "llama3.1":  # this template always opens with a dated system turn
+            system = turns.pop(0)[1].strip() if turns[0][0] == "system" else ""
+            turns.insert(0, ("system", f"Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n{system}"))
+        ids = [self.special["<|begin_of_text|>"]]
+        for role, content in turns + [("assistant", None)]:
+            ids += [self.special["<|start_header_id|>"]] + self.encode(role) + [self.special["<|end_header_id|>"]]
+            if content is None:
+                return ids + self.encode("\n\n")
+            # the file strips the content of a turn, but not what it writes itself
+            content = content if role == "system" and self.template == "llama3.1" else content.strip()
+            ids += self.encode("\n\n" + content) + [self.special["<|eot_id|>"]]
+
+    def completion(self, text):
+        """Ids of what an assistant writes: the text, in which <think> and the like are tokens, and the end of the turn."""
+        return self.encode(text, allowed=self.markup) + [self.special[self.turn_end]]
+
+    def same_encoding(self, other):
+        """Whether both give every text the same ids: vocabularies compared token by token, not by size."""
+        return (self.encoding._mergeable_ranks == other.encoding._mergeable_ranks and self.special == other.special
+                and self.pattern == other.pattern and self.nfc == other.nfc)
+
+
+def tiny_tokenizer(words):
+    """A tokenizer for training from scratch: 256 bytes, each given word as one whole token, ChatML special tokens.
+
+    It is written as the JSON of a real checkpoint, so that the tiny models are ordinary ones to everybody."""
+    alphabet = byte_alphabet()
+    vocab = {alphabet[b]: b for b in range(256)}
+    for word in words:
+        vocab.setdefault("".join(alphabet[b] for b in word.encode()), len(vocab))
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    added = [dict(id=len(vocab) + i, content=name, single_word=False, lstrip=False, rstrip=False, normalized=False,
+                  special=name.startswith("<|")) for i, name in enumerate(names)]
+    split = dict(type="Split", pattern=dict(Regex=QWEN_PATTERN), behavior="Isolated", invert=False)
+    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
+    spec = dict(version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=dict(type="NFC"),
+                pre_tokenizer=dict(type="Sequence", pretokenizers=[split, level]), post_processor=None,
+                decoder=dict(type="ByteLevel", add_prefix_space=True, trim_offsets=True, use_regex=True),
+                model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
+                           fuse_unk=False, byte_fallback=False, ignore_merges=True, vocab=vocab, merges=[]))
+    template = ("{%- for m in messages %}{%- set content = m.content.split('</think>')[-1].lstrip('\\n') if m.role == 'assistant'"
+                " else m.content %}{{- '<|im_start|>' + m.role + '\\n' + content + '<|im_end|>\\n' }}{%- endfor %}"
+                "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
+                "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
+                "{%- endif %}")
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                  chat_template=template, clean_up_tokenization_spaces=False)
+    stops = [t["id"] for t in added if t["content"] in ("<|im_end|>", "<|endoftext|>")]
+    files = {"tokenizer.json": spec, "tokenizer_config.json": config, "generation_config.json": dict(eos_token_id=stops)}
+    return Tokenizer({name: json.dumps(content, ensure_ascii=False, indent=1).encode() for name, content in files.items()})
+
+
+# ------------------------------------------------------------------------------------------------------------------- config
+
+ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama"}
+
+
+@dataclass
+class Config:
+    """Shape of a decoder. Field names and meanings are those of Hugging Face's config.json."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    model_type: str = "qwen3"           # qwen3 normalises q and k per head; qwen2 has biases on q, k, v
+    max_position_embeddings: int = 4096
+    rope_theta: float = 1e6
+    rope_scaling: dict | None = None    # None, or rope_type linear | yarn | llama3 with its numbers
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    @property
+    def qkv_bias(self):
+        return self.attention_bias or self.model_type == "qwen2"
+
+    @property
+    def o_bias(self):
+        return self.attention_bias and self.model_type != "qwen2"
+
+    @classmethod
+    def from_dir(cls, path):
+        """Read path/config.json. Raises UserError for another architecture, a missing field or an unsupported option."""
+        where = os.path.join(path, "config.json")
+        raw = read_json(where)
+        found = (raw.get("architectures") or [None])[0]
+        if found not in ARCHITECTURES:
+            raise UserError(f"{where}: architecture {found!r} is not supported; these are: {', '.join(ARCHITECTURES)}")
+        raw["model_type"] = ARCHITECTURES[found]
+        if raw.get("use_sliding_window") or "sliding_attention" in raw.get("layer_types", []):
+            raise UserError(f"{where}: sliding-window attention is not supported")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise UserError(f"{where}: hidden_act {raw['hidden_act']!r} is not supported (silu is)")
+        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})  # new spelling, old spelling
+        rope_type = rope.pop("type", None) if "rope_type" not in rope else (rope.pop("type", None), rope.pop("rope_type"))[1]
+        raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 1e4))
+        if rope_type not in (None, "default", "linear", "yarn", "llama3"):
+            raise UserError(f"{where}: RoPE scaling {rope_type!r} is not supported (default, linear, yarn, llama3 are)")
+        raw["rope_scaling"] = None if rope_type in (None, "default") else {"rope_type": rope_type, **rope}
+        if rope_type in ("yarn", "llama3"):
+            raw["rope_scaling"].setdefault("original_max_position_embeddings",
+                                           raw.get("original_max_position_embeddings", raw.get("max_position_embeddings")))
+        raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
+        if raw.get("head_dim") is None and raw.get("num_attention_heads"):
+            raw["head_dim"] = 128 if raw["model_type"] == "qwen3" else raw.get("hidden_size", 0) // raw["num_attention_heads"]
+        raw.setdefault("tie_word_embeddings", False)
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        config = {name: raw[name] for name in fields if name in raw}
+        for name, f in fields.items():
+            if name not in config and f.default is dataclasses.MISSING:
+                raise UserError(f"{where}: {name} is missing")
+            kind = {int: int, float: (int, float), bool: bool, str: str}.get(f.type)
+            if kind and name in config and (not isinstance(config[name], kind) or (kind is int and config[name] <= 0)):
+                raise UserError(f"{where}: {name} is {config[name]!r}, expected {'a positive int' if kind is int else f.type}")
+        if config["num_attention_heads"] % config["num_key_value_heads"] or config["head_dim"] % 2:
+            raise UserError(f"{where}: num_attention_heads {config['num_attention_heads']} must be a multiple of "
+                            f"num_key_value_heads {config['num_key_value_heads']}, and head_dim {config['head_dim']} even")
+        return cls(**config)
+
+    def to_dict(self, dtype):
+        """What we write as config.json."""
+        architecture = {v: k for k, v in ARCHITECTURES.items()}[self.model_type]
+        return dict(architectures=[architecture], torch_dtype=str(dtype).removeprefix("torch."), hidden_act="silu",
+                    use_cache=True, attention_dropout=0.0, initializer_range=0.02, **dataclasses.asdict(self))
+
+
+# Trained from scratch by recipe.py; vocab_size is filled in from the tokenizer there.
+PRESETS = {
+    "tiny-student": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=4, head_dim=32, rope_theta=1e3),
+    "tiny-teacher": dict(hidden_size=160, intermediate_size=448, num_hidden_layers=3, num_attention_heads=5,
+                         num_key_value_heads=5, head_dim=32, rope_theta=1e3),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ packed streams
+
+def causal_attention(q, k, v):
+    """Attention of the last n of m positions to all positions up to their own.
+
+    q [B, n, H, C], k and v [B, m, K, C] with m >= n and H a multiple of K -> [B, n, H, C]."""
+    n, m = q.shape[1], k.shape[1]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    square = n == m
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if square else causal_lower_right(n, m), is_causal=square,
+                                         enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)
+
+
+@dataclass
+class Pack:
+    """A flat stream of tokens: prompt, completion 1, ..., completion G, next prompt, ... without padding.
+
+    tokens, positions [T]    positions of every completion restart at P: it sees what it would see alone
+    groups                   [(P, [R_1 ... R_G]), ...] in stream order
+    rows, targets [N]        hidden row that predicts each token carrying loss, and that token. The first token of every
+                             completion hangs on the prompt's last row, so `rows` names that row G times
+    seq [N]                  which completion of the pack, counted from 0, each of them belongs to
+    """
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    groups: list
+    rows: torch.Tensor
+    targets: torch.Tensor
+    seq: torch.Tensor
+
+    @staticmethod
+    def build(examples, device="cpu", silent=None):
+        """Lay out [(prompt_ids, [completion_ids, ...]), ...].
+
+        silent: for each completion of each prompt, how many of its first tokens carry no loss (default 0). SFT uses it
+        for several questions on one document: the document is the prompt, question and answer the completion."""
+        tokens, positions, groups, rows, targets, seq = [], [], [], [], [], []
+        count = 0
+        for e, (prompt, completions) in enumerate(examples):
+            if not prompt:
+                raise UserError("an empty prompt has no row to predict a completion from")
+            P, last = len(prompt), len(tokens) + len(prompt) - 1
+            tokens += prompt
+            positions += range(P)
+            groups.append((P, [len(c) for c in completions]))
+            for i, completion in enumerate(completions):
+                skip, at, R = silent[e][i] if silent else 0, len(tokens), len(completion)
+                before = [last] + list(range(at, at + R - 1))  # the row in front of each of its tokens
+                rows += before[skip:]
+                targets += completion[skip:]
+                seq += [count] * (R - skip)
+                tokens += completion
+                positions += range(P, P + R)
+                count += 1
+        return Pack(*(torch.tensor(x, dtype=torch.long, device=device) if x is not groups else x
+                      for x in (tokens, positions, groups, rows, targets, seq)))
+
+    def __post_init__(self):
+        """Index tables for attention: completions of a prompt as one [G, R_max] grid, so that one call serves them all.
+
+        Short completions are filled up at the right with any token; under a causal mask nothing real sees the filling, and
+        its own rows are dropped, so the result is exact."""
+        self.sizes, self.grids = [], []
+        for P, lengths in self.groups:
+            R = torch.tensor(lengths, dtype=torch.long)
+            own = int(R.sum())
+            self.sizes += [P, own]
+            column = torch.arange(int(R.max()) if own else 0)
+            grid = ((R.cumsum(0) - R)[:, None] + column).clamp(max=own - 1)            # [G, R_max], within the completions
+            real = (column < R[:, None]).flatten().nonzero()[:, 0]                     # [own]
+            self.grids.append((grid.to(self.tokens.device), real.to(self.tokens.device)))
+
+    def attend(self, layer, q, k, v):
+        """q [T, H, C], k and v [T, K, C] -> [T, H, C]. The prompt's keys serve all its completions, forward and backward."""
+        out = []
+        # split, not slices: the gradient of T/100 slices would be T/100 tensors of full length
+        pieces = list(zip(*(x.split(self.sizes) for x in (q, k, v))))
+        for (grid, real), prompt, own in zip(self.grids, pieces[::2], pieces[1::2]):
+            out.append(causal_attention(*(x[None] for x in prompt))[0])
+            if len(real):
+                rows, keys, values = (x.index_select(0, grid.flatten()).unflatten(0, grid.shape) for x in own)
+                keys, values = (torch.cat([x.expand(len(grid), -1, -1, -1), y], 1)     # [G, P + R_max, K, C]
+                                for x, y in zip(prompt[1:], (keys, values)))
+                out.append(causal_attention(rows, keys, values).flatten(0, 1).index_select(0, real))
+        return torch.cat(out)
+
+
+def split_by_size(items, sizes, limit):
+    """Cut a list into consecutive parts whose sizes add up to at most `limit` (an item larger than that stands alone)."""
+    parts, room = [], 0
+    for item, size in zip(items, sizes):
+        if not parts or size > room:
+            parts.append([])
+            room = limit
+        parts[-1].append(item)
+        room -= size
+    return parts
+
+
+# -------------------------------------------------------------------------------------------------------------- transformer
+
+class Linear(nn.Linear):
+    """Weights are kept in fp32 for the optimizer and cast to the dtype of the activations where they are used."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        h = x.float()
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight.to(x.dtype) * h.to(x.dtype)
+
+
+def rope_frequencies(config):
+    """(frequencies [C/2], factor on cos and sin), as transformers computes them.
+
+    Angle of position m in pair i is m * theta^(-2i/C); scaling changes the slow pairs so that longer texts stay within
+    the angles seen in training: `linear` divides all, `yarn` (arXiv 2309.00071) and `llama3` blend by wavelength."""
+    C, base, s = config.head_dim, config.rope_theta, config.rope_scaling
+    freq = 1.0 / base ** (torch.arange(0, C, 2, device="cpu").float() / C)
+    if s is None:
+        return freq, 1.0
+    if s["rope_type"] == "linear":
+        return freq / s["factor"], 1.0
+    original = s["original_max_position_embeddings"]
+    if s["rope_type"] == "llama3":
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        turns = original * freq / (2 * math.pi)                # how often a pair turns within the original length
+        keep = ((turns - low) / (high - low)).clamp(0, 1)      # 1: fast pair, unchanged; 0: slow pair, divided
+        return keep * freq + (1 - keep) * freq / s["factor"], 1.0
+    factor = s.get("factor") or config.max_position_embeddings / original
+    def pair_that_turns(n):                                    # index of the pair that turns n times in the original length
+        return C * math.log(original / (n * 2 * math.pi)) / (2 * math.log(base))
+    low, high = pair_that_turns(s.get("beta_fast") or 32), pair_that_turns(s.get("beta_slow") or 1)
+    if s.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, C - 1)
+    ramp = ((torch.arange(C // 2, device="cpu") - low) / max(high - low, 0.001)).clamp(0, 1)
+    def mscale(m):
+        return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+    attention = s.get("attention_factor")
+    if attention is None and s.get("mscale") and s.get("mscale_all_dim"):
+        attention = mscale(s["mscale"]) / mscale(s["mscale_all_dim"])
+    return freq / factor * ramp + freq * (1 - ramp), mscale(1) if attention is None else attention
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding, halves convention: x [T, heads, C], cos and sin [T, 1, C/2] in fp32."""
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
+        if c.model_type == "qwen3":
+            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps), RMSNorm(c.head_dim, c.rms_norm_eps)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
+
+    def forward(self, x, cos, sin, attend):
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))  # [T, heads, C]
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        return self.o_proj(attend(q, k, v).flatten(1))
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, cos, sin, attend):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """Decoder up to the last hidden state. The head is applied outside, and only to the rows that need it (kernels.py)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = None           # None: that of the weights. bf16 with fp32 weights is mixed precision
+        self.n_vocab = config.vocab_size    # rows of the head in use; load() lowers it to the tokenizer's number of ids
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.frequencies, self.rope_factor = rope_frequencies(config)
+
+    @property
+    def head_weight(self):
+        """[V, D], the same tensor as the embedding when tied."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def device(self):
+        return self.embed_tokens.weight.device
+
+    def forward(self, pack, cache=None):
+        """Hidden states [T, D] of pack.tokens at pack.positions. Who sees whom is decided by `cache.attend` while sampling
+        (rollout.py) and by `pack.attend` otherwise."""
+        attend = (cache or pack).attend
+        x = self.embed_tokens(pack.tokens)                                               # [T, D]
+        x = x.to(self.compute_dtype or x.dtype)
+        angle = pack.positions[:, None, None].float() * self.frequencies.to(x.device)    # [T, 1, C/2]
+        cos, sin = angle.cos() * self.rope_factor, angle.sin() * self.rope_factor
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, lambda q, k, v: attend(i, q, k, v))
+        return self.norm(x)
+
+    def logits(self, tokens):
+        """All logits [T, V] of one plain sequence: for tests and small experiments."""
+        pack = Pack.build([(list(tokens), [])], self.device)
+        hidden = self(pack)
+        return F.linear(hidden, self.head_weight.to(hidden.dtype)).float()
+
+
+def new_model(config, seed):
+    """Random weights N(0, 1/fan_in), the same for a seed on any machine. (0.02, right for a width of 2,500, starts models
+    as narrow as ours so flat that they need several times the steps to discover copying from the context.)"""
+    model = Transformer(config)
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5, generator=generator)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+    return model
+
+
+# -------------------------------------------------------------------------------------------------------------- checkpoints
+
+SHARD_BYTES = 5 * 10**9
+
+
+def shard_files(path):
+    """The safetensors files of a checkpoint directory: those its index names, or model.safetensors."""
+    index = os.path.join(path, "model.safetensors.index.json")
+    names = sorted(set(read_json(index)["weight_map"].values())) if os.path.exists(index) else ["model.safetensors"]
+    for name in names:
+        if not os.path.exists(os.path.join(path, name)):
+            raise UserError(f"{path} has no {name}" + (f", which {os.path.basename(index)} names" if len(names) > 1 else ""))
+    return [os.path.join(path, name) for name in names]
+
+
+def load(path, dtype=torch.float32, device="cpu"):
+    """(Transformer, Tokenizer) of a Hugging Face directory. Names and shapes are checked before memory is taken, then each
+    tensor goes from the file straight to its place, so the peak is the model and one tensor.
+
+    Raises UserError for anything missing, extra, of the wrong shape or unsupported."""
+    if not os.path.isdir(path):
+        raise UserError(f"{path} is not a directory with a checkpoint (config.json, tokenizer.json, *.safetensors)")
+    config, tokenizer = Config.from_dir(path), Tokenizer.from_dir(path)
+    if tokenizer.n_vocab > config.vocab_size:
+        raise UserError(f"{path}: the tokenizer's ids go up to {tokenizer.n_vocab - 1}, the embedding has only "
+                        f"{config.vocab_size} rows")
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.n_vocab = tokenizer.n_vocab
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+    def ours(name):  # file names are model.layers.0..., lm_head.weight; ours lack the first part
+        return name.removeprefix("model.")
+
+    found, files = {}, shard_files(path)
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as f:
+                found |= {ours(name): tuple(f.get_slice(name).get_shape()) for name in f.keys()}
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} cannot be read, is it truncated? ({error})") from None
+    if config.tie_word_embeddings:
+        found.pop("lm_head.weight", None)  # some files store the tied head a second time
+    found = {name: shape for name, shape in found.items() if not name.endswith("rotary_emb.inv_freq")}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise UserError(f"{path}: tensor {name} is {found.get(name, 'missing')}, expected {expected.get(name, 'no such tensor')}")
+
+    for file in files:
+        with safe_open(file, framework="pt", device=str(device)) as f:
+            for name in f.keys():
+                if ours(name) in expected:
+                    model.load_state_dict({ours(name): f.get_tensor(name).to(dtype)}, strict=False, assign=True)
+    return model, tokenizer
+
+
+def save(path, model, tokenizer):
+    """Write a Hugging Face directory: config, tokenizer files, safetensors in shards of at most 5 GB.
+
+    All is written beside `path` and moved there at the end: whoever finds `path` finds it whole."""
+    temporary, old = f"{path.rstrip('/')}.writing", f"{path.rstrip('/')}.old"
+    shutil.rmtree(temporary, ignore_errors=True)
+    os.makedirs(temporary)
+    weights = {name if name == "lm_head.weight" else f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    shards, size = [{}], 0
+    for name, tensor in weights.items():
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    names = ["model.safetensors"] if len(shards) == 1 else [
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    files = dict(tokenizer.files)
+    eos = tokenizer.stop_ids
+    config = model.config.to_dict(model.head_weight.dtype) | ({"eos_token_id": eos if len(eos) > 1 else eos[0]} if eos else {})
+    files["config.json"] = json.dumps(config, indent=2).encode()
+    if len(shards) > 1:
+        index = dict(metadata=dict(total_size=sum(t.nbytes for t in weights.values())),
+                     weight_map={name: file for file, shard in zip(names, shards) for name in shard})
+        files["model.safetensors.index.json"] = json.dumps(index, indent=2).encode()
+    for name, shard in zip(names, shards):
+        save_file({n: t.contiguous().cpu() for n, t in shard.items()}, os.path.join(temporary, name), {"format": "pt"})
+    for name, content in files.items():
+        with open(os.path.join(temporary, name), "wb") as f:
+            f.write(content)
+    for name in os.listdir(temporary):
+        with open(os.path.join(temporary, name), "rb") as f:
+            os.fsync(f.fileno())
+    if os.path.isdir(path):  # a directory cannot be replaced in one step: move the old one away first
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(path, old)
+        for name in os.listdir(old):  # what else lives there, such as metrics.jsonl, stays
+            if not name.endswith(".safetensors") and not os.path.exists(os.path.join(temporary, name)):
+                os.rename(os.path.join(old, name), os.path.join(temporary, name))
+    os.rename(temporary, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# --------------------------------------------------------------------------------------------------------------- running it
+
+def cli(Config):
+    """Command line -> Config. Every field of the dataclass is a flag, its comment is the help text: defaults and words
+    stand once. No abbreviations, so a mistyped flag is an error."""
+    comments = dict(re.findall(r"^ {4}(\w+):[^#\n]*#\s*(.*)$", inspect.getsource(Config), re.M))
+    parser = argparse.ArgumentParser(description=Config.__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in dataclasses.fields(Config):
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar=f.type.__name__)
+        text = comments.get(f.name, "").replace("%", "%%")
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f"{text} (default {f.default!r})", **kind)
+    return Config(**vars(parser.parse_args()))
+
+
+def run(main, Config):
+    """Guard of every script: mistakes of the user end in one line and exit code 2, bugs keep their traceback."""
+    try:
+        main(cli(Config))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def pick_device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_student(path, device):
+    """fp32 weights for the optimizer; on CUDA the arithmetic is bf16."""
+    model, tokenizer = load(path, torch.float32, device)
+    model.compute_dtype = torch.bfloat16 if device.type == "cuda" else None
+    return model, tokenizer
+
+
+def load_teacher(path, device, tokenizer):
+    """A frozen model in bf16 (fp32 on the CPU) whose tokenizer must give the same ids as the student's."""
+    teacher, its_tokenizer = load(path, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    if not tokenizer.same_encoding(its_tokenizer):
+        raise UserError(f"the teacher {path} encodes text otherwise than the student ({its_tokenizer.n_vocab} and "
+                        f"{tokenizer.n_vocab} ids): the KL between them has no meaning; choose a teacher of the same family")
+    return teacher.requires_grad_(False)
+
+
+def adamw(model, lr, weight_decay=0.0):
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+
+
+def lr_at(step, cfg):
+    """Learning rate at a step: linear warm-up, then constant (the paper) or a cosine down to a tenth."""
+    warm = min(1.0, (step + 1) / max(cfg.warmup, 1))
+    if cfg.schedule == "cosine":
+        return cfg.lr * warm * (0.55 + 0.45 * math.cos(math.pi * step / max(cfg.steps, 1)))
+    return cfg.lr * warm
+
+
+def start_run(cfg, what):
+    """Create cfg.out and its metrics.jsonl; return log(row), which appends a row.
+
+    The first line tells what was run. A directory that holds another configuration's run is refused, not overwritten."""
+    path, config = os.path.join(cfg.out, "metrics.jsonl"), dataclasses.asdict(cfg)
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            first = f.readline()
+        try:
+            before = json.loads(first)["config"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is not ours: choose another --out, or move it away") from None
+        changed = [f"{k}: {before.get(k)!r} there, {v!r} now" for k, v in config.items() if before.get(k) != v]
+        if changed:
+            raise UserError(f"{cfg.out} holds a run of another configuration ({'; '.join(changed)}): choose another --out, or "
+                            "delete it")
+    elif os.path.isdir(cfg.out) and os.listdir(cfg.out):
+        raise UserError(f"{cfg.out} is not empty and holds no run of ours: choose another --out")
+    try:
+        os.makedirs(cfg.out, exist_ok=True)
+        log = open(path, "w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to {cfg.out}: {error}") from None
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
+
+    def write(row):
+        log.write(json.dumps(row) + "\n")
+        log.flush()
+
+    write(dict(what=what, command=sys.argv, config=config, torch=torch.__version__, numpy=np.__version__,
+               python=sys.version.split()[0], device=device, time=time.strftime("%Y-%m-%d %H:%M:%S")))
+    return write

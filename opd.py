@@ -1,0 +1,171 @@
+"""
+On-policy distillation (paper, Eq. 5): the student writes, the teacher says at every token how it would have gone on.
+
+    L = E_{o ~ pi} [ 1/|o| sum_t KL( pi(.|p, o_<t) || pi_teacher(.|p, o_<t) ) ]
+
+No reward is used, and no gradient flows through the sampling. With --lam 0 the completions are the data's demonstrations
+instead of the student's own, and with --kl forward that is knowledge distillation (Eq. 3); between, each prompt goes one
+way or the other by a coin (GKD, arXiv 2306.13649).
+
+    python opd.py                                         OPD: reverse KL over the whole vocabulary
+    python opd.py --lam 0 --kl forward --data out/data/sft.jsonl --out out/kd      knowledge distillation
+    python opd.py --top-k 20                              KL within the teacher's 20 likeliest tokens, both renormalised
+    python opd.py --kl k1                                 sampled token only, as a policy gradient
+
+`diff grpo.py opd.py` shows what a reward costs: advantages, ratios and clipping are what is missing here.
+"""
+import math, time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from kernels import token_loss, token_stats
+from model import (Pack, UserError, adamw, load_student, load_teacher, lr_at, pick_device, run, save, split_by_size,
+                   start_run)
+from rollout import Completion, data_order, demonstration, generate, prompt_ids, read_examples
+
+
+@dataclass
+class Config:
+    """Distillation from a teacher on the student's own completions."""
+    model: str = "out/sft"              # checkpoint to start from
+    teacher: str = "out/teacher"        # checkpoint to learn from
+    data: str = "out/data/rl.jsonl"     # examples, one JSON object per line; --lam < 1 needs demonstrations
+    response_field: str = "response"    # the field that holds the demonstration
+    out: str = "out/opd"                # where the checkpoint and metrics.jsonl go
+    ctx: int = 640                      # tokens of prompt and completion at most
+    max_new: int = 128                  # tokens of a completion at most
+    batch: int = 8                      # prompts per step
+    group: int = 8                      # completions of each prompt
+    micro: int = 16384                  # tokens of the largest stream; smaller needs less memory, same gradient
+    steps: int = 60                     # rollouts
+    lr: float = 3e-4                    # learning rate (paper: 1e-6)
+    warmup: int = 5                     # steps of linear warm-up
+    schedule: str = "constant"          # constant, or cosine down to a tenth
+    clip: float = 1.0                   # largest norm of the gradient
+    temperature: float = 1.0            # of sampling, and of both models in the KL
+    lam: float = 1.0                    # share of prompts completed by the student; 0: demonstrations only
+    kl: str = "reverse"                 # reverse, forward, jsd (whole vocabulary); k2 (sampled token); k1 (in the advantage)
+    jsd_weight: float = 0.5             # weight of the teacher in jsd's mixture
+    top_k: int = 0                      # > 0: the KL within the teacher's so many likeliest tokens, both sides renormalised
+    seed: int = 0                       # order of the data and sampling noise
+
+
+# -------------------------------------------------------------------------------------------------------------------- losses
+
+def token_weights(lengths):
+    """1 / (|o_i| M) for each of M completions [M]: a mean over tokens, then over completions."""
+    return 1.0 / (lengths.clamp(min=1) * max(len(lengths), 1))
+
+
+def distill_loss(divergence, weight):
+    """sum_t weight_t KL_t, both [n]."""
+    return (weight * divergence).sum()
+
+
+def sampled_divergence(logp, logp_teacher, kind):
+    """What stands for the reverse KL when only the sampled token is known; all [n].
+
+    k2   (log pi - log pi_teacher)^2 / 2: a loss whose expected gradient is that of the reverse KL
+    k1   log pi - log pi_teacher as a cost of the sampled token: a policy gradient (its value is a constant)
+    """
+    difference = logp - logp_teacher
+    return difference.square() / 2 if kind == "k2" else difference.detach() * (logp - logp.detach()).exp()
+
+
+# ---------------------------------------------------------------------------------------------------------------------- main
+
+def check(cfg):
+    for name, choices in dict(kl=("reverse", "forward", "jsd", "k1", "k2"), schedule=("constant", "cosine")).items():
+        if getattr(cfg, name) not in choices:
+            raise UserError(f"--{name} {getattr(cfg, name)}: choose one of {', '.join(choices)}")
+    if not 0 <= cfg.lam <= 1:
+        raise UserError(f"--lam {cfg.lam}: a share lies between 0 and 1")
+    if cfg.kl in ("k1", "k2") and (cfg.lam < 1 or cfg.top_k):
+        raise UserError(f"--kl {cfg.kl} looks at sampled tokens only: it needs --lam 1 and no --top-k")
+    if cfg.group < 1 or cfg.temperature <= 0:
+        raise UserError(f"--group {cfg.group} must be at least 1 and --temperature {cfg.temperature} positive")
+
+
+def main(cfg):
+    check(cfg)
+    device = pick_device()
+    model, tokenizer = load_student(cfg.model, device)
+    teacher = load_teacher(cfg.teacher, device, tokenizer)
+    examples = read_examples(cfg.data, cfg.response_field if cfg.lam < 1 else None)
+    prompts = [prompt_ids(tokenizer, e, cfg.ctx, cfg.max_new) for e in examples]
+    longest = max(map(len, prompts)) + cfg.group * cfg.max_new
+    if longest > cfg.micro:
+        raise UserError(f"--micro {cfg.micro}: the longest prompt with its {cfg.group} completions can take {longest} tokens")
+    log = start_run(cfg, "opd")
+    optimizer = adamw(model, cfg.lr)
+    sampled = cfg.kl in ("k1", "k2")
+    options = dict(temperature=cfg.temperature, vocab=model.n_vocab)
+    if not sampled:
+        options |= dict(kl=cfg.kl, jsd_weight=cfg.jsd_weight, top_k=cfg.top_k)
+
+    bar = tqdm(range(cfg.steps), desc=f"{'opd':8} {cfg.out}")
+    for step in bar:
+        # completions: the student's own, or with probability 1 - lam the demonstration
+        times = [time.time()]
+        chosen = data_order(len(examples), cfg.batch, step, cfg.seed)
+        own = np.random.default_rng([cfg.seed, step]).random(cfg.batch) < cfg.lam                    # [B]
+        written = iter(generate(model, [prompts[i] for i, mine in zip(chosen, own) if mine], cfg.group, cfg.max_new,
+                                cfg.temperature, stop_ids=tokenizer.stop_ids, seed=(cfg.seed, step)))
+        completions = []
+        for i, mine in zip(chosen, own):
+            tokens = None if mine else tokenizer.completion(demonstration(examples[i], cfg.response_field))
+            completions.append(next(written) if mine else [Completion(tokens, [0.0] * len(tokens), True)])
+        everyone = [c for group in completions for c in group]
+        lengths = torch.tensor([len(c.tokens) for c in everyone])                                    # [M]
+        weight = token_weights(lengths)                                                              # [M]
+
+        # distil: all streams make one optimizer step
+        times.append(time.time())
+        optimizer.param_groups[0]["lr"] = lr_at(step, cfg)
+        sums, seen = dict.fromkeys(("loss", "kl", "entropy"), 0.0), 0
+        sizes = [len(prompts[i]) + sum(len(c.tokens) for c in group) for i, group in zip(chosen, completions)]
+        for part in split_by_size(range(cfg.batch), sizes, cfg.micro):
+            pack = Pack.build([(prompts[chosen[b]], [c.tokens for c in completions[b]]) for b in part], device)
+            count = sum(len(completions[b]) for b in part)
+            w = weight[seen:seen + count].to(device)[pack.seq]                                       # [N]
+            seen += count
+            with torch.no_grad():
+                teacher_hidden = teacher(pack)[pack.rows]                                            # [N, D of the teacher]
+            head = (model(pack)[pack.rows], model.head_weight, pack.targets)
+            if sampled:
+                logp_teacher = token_stats(teacher_hidden, teacher.head_weight, pack.targets, temperature=cfg.temperature,
+                                           vocab=model.n_vocab).logp
+                loss, stats = token_loss(lambda stats, rows: distill_loss(
+                    sampled_divergence(stats.logp, logp_teacher[rows], cfg.kl), w[rows]), *head, **options)
+                kl = stats.logp - logp_teacher
+            else:
+                loss, stats = token_loss(lambda stats, rows: distill_loss(stats.kl, w[rows]),
+                                         *head, teacher_hidden, teacher.head_weight, **options)
+                kl = stats.kl
+            loss.backward()
+            sums["loss"] += loss.item()
+            sums["kl"] += kl.sum().item()
+            sums["entropy"] += stats.entropy.sum().item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.time())
+        if not math.isfinite(sums["loss"]):
+            raise UserError(f"the loss is {sums['loss']} at step {step}: lower --lr")
+
+        # log
+        rows = int(lengths.sum())
+        sampling, updating = np.diff(times).tolist()
+        log(dict(step=step, loss=sums["loss"], kl=sums["kl"] / rows, entropy=sums["entropy"] / rows, on_policy=float(own.mean()),
+                 length=lengths.float().mean().item(), length_max=lengths.max().item(),
+                 truncated=sum(not c.finished for c in everyone) / len(everyone), grad_norm=grad_norm, lr=lr_at(step, cfg),
+                 tokens=sum(sizes), seconds_sampling=sampling, seconds_update=updating))
+        bar.set_postfix_str(f"kl {sums['kl'] / rows:.3f}")
+    save(cfg.out, model, tokenizer)
+
+
+if __name__ == "__main__":
+    run(main, Config)

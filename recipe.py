@@ -1,0 +1,354 @@
+"""
+The recipe: data, a base model and a teacher, then every arm of the comparison, and one table.
+
+    data ->  base  ->  SFT cold start  ->  GRPO  |  OPD  |  dGRPO          (and dGRPO without the cold start)
+             teacher, trained longer on the same tasks ------^
+
+Both stages see a mixture of 10 % short and 90 % long examples by tokens (paper, section 3.3), so that long-context
+reasoning rises and the short-context skill stays.
+
+The laptop run trains everything from scratch on tasks generated here. They are plain text: the same generator serves the
+tiny models and Qwen3. A document is a shuffled pile of pairs ("Ada Bob.") and idle sentences; a question needs several:
+
+    hops     follow h links through the pairs                     "Start at Ada and take three steps. Who is it?"
+    latest   where a thing is that was moved about, or none        "Where is the coin now?"
+    chain    write out the links one after the other              "List the next four after Ada."
+    sum, reverse   short tasks of another kind, without a document: what they lose is what was forgotten
+
+    python recipe.py                                               the laptop: 2 cores, about 8 minutes
+    python recipe.py --until sft                                   only what `python grpo.py` and `python opd.py` start from
+    python recipe.py --student DIR --teacher DIR --train-len 8192  with checkpoints of your own
+"""
+import dataclasses, json, math, os, time
+from dataclasses import dataclass
+
+import numpy as np
+import regex
+from tqdm import tqdm
+
+import grpo, opd, sft
+from model import (PRESETS, QWEN_PATTERN, UserError, load, new_model, pick_device, run, save, start_run, tiny_tokenizer)
+from model import Config as ModelConfig
+from rollout import evaluate, mean_and_error, prompt_messages, read_examples
+
+
+@dataclass
+class Config:
+    """Data, cold start, GRPO, OPD and dGRPO, and a table that compares them."""
+    out: str = "out"                # everything goes here: data, a directory per stage, results.jsonl, results.md
+    student: str = ""               # checkpoint to start from; empty: train a tiny one from scratch
+    teacher: str = ""               # the teacher's checkpoint; empty: train a larger tiny one
+    until: str = ""                 # stop after this stage: data, base, teacher or sft
+    train_len: int = 256            # prompt tokens of the long training examples
+    test_len: int = 512             # a length that no stage trains on, for the table
+    long_share: float = 0.9         # share of long examples in the mixture, by tokens
+    base_steps: int = 700           # training of the tiny student on short texts
+    teacher_steps: int = 300        # training of the tiny teacher on all of it
+    sft_steps: int = 80             # cold start
+    rl_steps: int = 60              # rollouts of GRPO, OPD and dGRPO
+    batch: int = 8                  # prompts per rollout
+    group: int = 8                  # completions per prompt
+    max_new: int = 128              # tokens of a completion at most
+    micro: int = 16384              # tokens of the largest stream
+    sft_lr: float = 1e-3            # learning rate of the cold start (paper: 1e-5)
+    rl_lr: float = 3e-4             # learning rate of GRPO, OPD and dGRPO (paper: 1e-6)
+    beta: float = 0.5               # weight of the KL to the teacher
+    test_n: int = 64                # test examples per task and length
+    seed: int = 0                   # data, weights and sampling
+
+
+# --------------------------------------------------------------------------------------------------------------------- tasks
+
+NAMES = """Ada Bob Cid Dan Eve Fay Gil Hal Ida Jon Kim Lee Mia Ned Ola Pam Quin Ray Sue Tom Una Val Wes Xia Yan Zoe Amy Ben Cal
+Don Eli Flo""".split()
+THINGS = "coin lamp ring book bell drum cup fan hat key map net oar pen rug saw".split()
+PLACES = """Rome Oslo Lima Cairo Paris Delhi Tokyo Quito Seoul Bern Riga Accra Dakar Hanoi Kyiv Malta Milan Perth Porto Prague Sofia
+Tunis Turin Vienna""".split()
+HEADER = "In each pair the first leads to the second:"
+NUMBERS = "one two three four five six seven eight".split()
+IDLE = ["The sky is clear today.", "Rain fell on the hills.", "The market opens early.", "A bell rang in the square.",
+        "The river runs slow.", "Bread is on the table.", "The road goes north.", "Lamps were lit at dusk."]
+
+
+def make_document(rng, budget, count):
+    """A shuffled pile of facts of at most `budget` tokens, filled up with idle sentences -> (text, links).
+
+    links: "Ada Bob." as {"Ada": "Bob"}. Names form one cycle, so that everybody leads to one and is led to by one.
+    Things lead to a place, and a place to where what was there went next. count(sentence) -> its tokens."""
+    def some(words, n):
+        return [words[i] for i in rng.permutation(len(words))[:n]]
+    names = some(NAMES, max(4, budget // 10))
+    links = dict(zip(names, names[1:] + names[:1]))
+    places = some(PLACES, len(PLACES))
+    for thing in some(THINGS, max(1, budget // 40)):
+        stations = [thing] + [places.pop() for _ in range(min(len(places), rng.integers(1, 5)))]
+        links |= dict(zip(stations, stations[1:]))
+    sentences = [f"{a} {b}." for a, b in links.items()]
+    room = budget - count(HEADER) - sum(count(" " + s) for s in sentences)
+    while True:
+        idle = IDLE[rng.integers(len(IDLE))]
+        room -= count(" " + idle)
+        if room < 0:
+            break
+        sentences.append(idle)
+    return " ".join([HEADER] + [sentences[i] for i in rng.permutation(len(sentences))]), links
+
+
+def ask_hops(rng, links, hops):
+    """Follow so many links."""
+    path = walk(links, any_of(rng, NAMES, links), hops)
+    question = f"Start at {path[0]} and take {NUMBERS[hops - 1]} steps. Who is it?"
+    return question, path[-1], "exact", thought(path) + f"Answer: {path[-1]}"
+
+
+def ask_latest(rng, links, _):
+    """Where a thing is after all that was said of it; one in four is not mentioned at all."""
+    absent = rng.random() < 0.25
+    thing = any_of(rng, [t for t in THINGS if (t in links) != absent], dict.fromkeys(THINGS))
+    path = walk(links, thing, len(links))
+    answer = path[-1] if len(path) > 1 else "none"
+    return f"Where is the {thing} now?", answer, "exact", thought(path, " stays" if len(path) > 1 else " absent") + f"Answer: {answer}"
+
+
+def ask_chain(rng, links, hops):
+    """Write out the path."""
+    path = walk(links, any_of(rng, NAMES, links), hops)
+    question = f"List the next {NUMBERS[hops - 1]} after {path[0]}."
+    return question, path[1:], "sequence", thought(path) + f"Answer: {', '.join(path[1:])}"
+
+
+def any_of(rng, words, known):
+    words = [w for w in words if w in known]
+    return words[rng.integers(len(words))]
+
+
+def walk(links, start, steps):
+    path = [start]
+    while path[-1] in links and len(path) <= steps:
+        path.append(links[path[-1]])
+    return path
+
+
+def thought(path, end=None):
+    """Every pair that is used is written out again before the next is looked up: each step is then one look-up in the
+    context, which a small model can learn. A bare list of names is not learnt in many times the steps."""
+    lines = [f"{a} {b}" for a, b in zip(path, path[1:])] + ([path[-1] + end] if end else [])
+    return "<think>\n" + "".join(f"{i + 1} {line}\n" for i, line in enumerate(lines)) + "</think>\n\n"
+
+
+def ask_sum(rng):
+    """Add three digits from left to right."""
+    a, b, c = (int(x) for x in rng.integers(1, 10, 3))
+    return (f"What is {a} + {b} + {c}?", str(a + b + c), "exact",
+            f"<think>\n{a} + {b} = {a + b}\n{a + b} + {c} = {a + b + c}\n</think>\n\nAnswer: {a + b + c}")
+
+
+def ask_reverse(rng):
+    """A list, last one first."""
+    names = [NAMES[i] for i in rng.permutation(len(NAMES))[:rng.integers(3, 6)]]
+    numbered = "".join(f"{i + 1} {n}\n" for i, n in enumerate(names))
+    return (f"Turn this list around: {', '.join(names)}.", names[::-1], "sequence",
+            f"<think>\n{numbered}</think>\n\nAnswer: {', '.join(names[::-1])}")
+
+
+LONG_TASKS = {"hops": ask_hops, "latest": ask_latest, "chain": ask_chain}
+SHORT_TASKS = {"sum": ask_sum, "reverse": ask_reverse}
+
+
+def long_examples(seed, split, n, budget, questions, max_hops, count):
+    """n documents, each as the list of its examples: some questions on it. Document i depends on (seed, split, i) alone, so
+    any order of access gives the same data."""
+    for i in range(n):
+        rng = np.random.default_rng([seed, SPLITS.index(split), budget, i])
+        document, links = make_document(rng, budget, count)
+        examples = []
+        for j in range(questions):
+            kind = list(LONG_TASKS)[(i + j) % len(LONG_TASKS)]
+            question, answer, reward, response = LONG_TASKS[kind](rng, links, int(rng.integers(2, max_hops + 1)))
+            examples.append(dict(id=f"{split}-{budget}-{i}-{j}", document=document, question=question, answer=answer,
+                                 source="generated", language="en", kind=kind, reward=reward, response=response))
+        yield examples
+
+
+def short_examples(seed, split, n):
+    """n short examples, each a list of one."""
+    for i in range(n):
+        rng = np.random.default_rng([seed, SPLITS.index(split), 0, i])
+        kind = list(SHORT_TASKS)[i % len(SHORT_TASKS)]
+        question, answer, reward, response = SHORT_TASKS[kind](rng)
+        yield [dict(id=f"{split}-short-{i}", question=question, answer=answer, source="generated", language="en", kind=kind,
+                    reward=reward, response=response)]
+
+
+SPLITS = ["base", "sft", "rl", "test", "words"]  # every split draws documents of its own
+
+
+def mixture(short, long, long_share, size):
+    """Interleave two streams of lists of examples so that the long ones hold `long_share` of the tokens, as closely as
+    whole lists allow at every point. Ends when the stream that is wanted next has run out."""
+    tokens, streams = {True: 0, False: 0}, {True: iter(long), False: iter(short)}
+    while True:
+        take_long = tokens[True] <= long_share * sum(tokens.values()) if 0 < long_share < 1 else long_share == 1
+        examples = next(streams[take_long], None)
+        if examples is None:
+            return
+        tokens[take_long] += size(examples)
+        yield examples
+
+
+# ---------------------------------------------------------------------------------------------------------------------- data
+
+def task_words():
+    """The words of the tasks, read off a sample of them: what the tiny tokenizer keeps whole."""
+    sample = [*short_examples(0, "words", 500), *long_examples(0, "words", 200, 200, 6, MAX_HOPS, lambda text: len(text) // 4)]
+    texts = [text for examples in sample for e in examples for text in (prompt_messages(e)[0]["content"], e["response"])] + ["user\n", "assistant\n"]
+    return sorted({piece for text in texts for piece in regex.findall(QWEN_PATTERN, text) if len(piece) > 1})
+
+
+MAX_HOPS = 8     # links of the longest question
+BASE_LEN = 64    # prompt tokens of the documents in the base model's training: the short world it comes from
+
+
+def write_data(cfg, tokenizer):
+    """The JSONL files of every stage. Returns their paths by name."""
+    counts = {}
+
+    def count(text):  # documents are sentences joined by spaces, and tokens never reach across: lengths add up
+        if text not in counts:
+            counts[text] = len(tokenizer.encode(text))
+        return counts[text]
+
+    def size(examples):  # tokens of a document count once, as they are computed once
+        document = len(tokenizer.encode(examples[0].get("document", "")))
+        return document + sum(len(tokenizer.chat(prompt_messages(e))) - document + len(tokenizer.completion(e["response"]))
+                              for e in examples)
+
+    # what a prompt holds besides its document: template and question, at their longest
+    frame = max(len(tokenizer.chat(prompt_messages(e | dict(document=HEADER))))
+                for examples in long_examples(0, "words", 50, 200, 6, MAX_HOPS, count) for e in examples)
+
+    def documents(split, n, length, questions):
+        return long_examples(cfg.seed, split, n, length - frame, questions, MAX_HOPS, count)
+
+    def mixed(split, n, questions):
+        """10/90 by tokens, for n documents; every other one at half the length."""
+        pairs = zip(documents(split, n // 2, cfg.train_len, questions),
+                    documents(split, n // 2, max(cfg.train_len // 2, BASE_LEN), questions))
+        return mixture(short_examples(cfg.seed, split, 10**6), (d for pair in pairs for d in pair), cfg.long_share, size)
+
+    def test():
+        yield from short_examples(cfg.seed, "test", cfg.test_n * len(SHORT_TASKS))
+        for length in (cfg.train_len // 2, cfg.train_len, cfg.test_len):
+            yield from documents("test", cfg.test_n, length, len(LONG_TASKS))
+
+    splits = dict(base=mixture(short_examples(cfg.seed, "base", 10**6), documents("base", 3000, BASE_LEN, 8), 0.8, size),
+                  sft=mixed("sft", 1500, 8), rl=mixed("rl", 1000, 1), test=test())
+    paths = {}
+    os.makedirs(os.path.join(cfg.out, "data"), exist_ok=True)
+    for name, lists in splits.items():
+        paths[name] = os.path.join(cfg.out, "data", f"{name}.jsonl")
+        with open(paths[name], "w", encoding="utf-8") as f:
+            for examples in tqdm(lists, desc=f"{'data':8} {paths[name]}", unit=" documents"):
+                f.writelines(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
+    return paths
+
+
+# --------------------------------------------------------------------------------------------------------------------- table
+
+def summary(rows):
+    """Long and short score: means over their cells (task and length), with the standard error that follows from theirs."""
+    scores = {}
+    for name, tasks in dict(long=LONG_TASKS, short=SHORT_TASKS).items():
+        cells = [r for r in rows if r["family"] in tasks]
+        scores[name] = float(np.mean([r["mean"] for r in cells]))
+        scores[name + "_stderr"] = math.sqrt(sum(r["stderr"] ** 2 for r in cells)) / len(cells)
+    return scores
+
+
+def table(results):
+    """results.jsonl's rows as a Markdown table; scores in percent with standard errors."""
+    cells = [(r["family"], r["length"]) for r in results[0]["scores"]]
+    lines = ["| arm | long | short | " + " | ".join(f"{family} {length}" for family, length in cells) + " |",
+             "|---" * (len(cells) + 3) + "|"]
+    for r in results:
+        scores = [f"{100 * r[name]:.1f} ± {100 * r[name + '_stderr']:.1f}" for name in ("long", "short")]
+        scores += [f"{100 * c['mean']:.0f} ± {100 * c['stderr']:.0f}" for c in r["scores"]]
+        lines.append(f"| {r['arm']} | " + " | ".join(scores) + " |")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- main
+
+def main(cfg):
+    if cfg.until not in ("", "data", "base", "teacher", "sft"):
+        raise UserError(f"--until {cfg.until}: choose one of data, base, teacher, sft, or leave it out for the whole recipe")
+    if cfg.train_len < 2 * BASE_LEN or cfg.test_len <= cfg.train_len:
+        raise UserError(f"--train-len {cfg.train_len} must be at least {2 * BASE_LEN}, --test-len {cfg.test_len} longer than that")
+    if bool(cfg.student) != bool(cfg.teacher):
+        raise UserError("give both --student and --teacher, or neither: the tiny ones share a tokenizer of their own")
+    log, device, began = start_run(cfg, "recipe"), pick_device(), time.time()
+
+    def at(name):
+        return os.path.join(cfg.out, name)
+
+    if not cfg.student:
+        tokenizer = tiny_tokenizer(task_words())
+        rows = -(-tokenizer.n_vocab // 64) * 64
+        for i, preset in enumerate(("tiny-student", "tiny-teacher")):
+            save(at(preset), new_model(ModelConfig(vocab_size=rows, **PRESETS[preset]), cfg.seed + i), tokenizer)
+    else:
+        tokenizer = load(cfg.student)[1]
+    data = write_data(cfg, tokenizer)
+    ctx = cfg.test_len + cfg.max_new
+    common = dict(ctx=ctx, seed=cfg.seed, micro=cfg.micro)
+
+    def fine_tune(name, model, data, steps, lr, **options):
+        sft.main(sft.Config(model=model, data=data, out=at(name), steps=steps, lr=lr, **common, **options))
+        return at(name)
+
+    def reinforce(stage, name, model, **options):
+        stage.main(stage.Config(model=model, data=data["rl"], out=at(name), steps=cfg.rl_steps, lr=cfg.rl_lr, batch=cfg.batch,
+                                group=cfg.group, max_new=cfg.max_new, **common, **options))
+        return at(name)
+
+    # the models that the paper takes as given: a base that is good at short texts, and a better, larger teacher
+    base, teacher = cfg.student, cfg.teacher
+    stages = ["data", "base", "teacher", "sft"]
+    last = stages.index(cfg.until) if cfg.until else len(stages)
+    if last >= 1 and not cfg.student:
+        base = fine_tune("base", at("tiny-student"), data["base"], cfg.base_steps, 3e-3, schedule="cosine", warmup=20, batch=12)
+    if last >= 2 and not cfg.teacher:
+        teacher = fine_tune("teacher-short", at("tiny-teacher"), data["base"], cfg.base_steps * 2 // 3, 2e-3, warmup=20, batch=12)
+        teacher = fine_tune("teacher", teacher, data["sft"], cfg.teacher_steps, 2e-3, schedule="cosine", batch=10)
+
+    # the recipe, and what it is compared with; every arm has the same rollouts and steps
+    if last >= 3:
+        start = fine_tune("sft", base, data["sft"], cfg.sft_steps, cfg.sft_lr, batch=8)
+    if last < len(stages):
+        print(f"stopped after {cfg.until}, as --until says")
+        return
+    dgrpo = dict(teacher=teacher, beta=cfg.beta)
+    arms = {"teacher": lambda: teacher, "base": lambda: base, "+SFT": lambda: start,
+            "SFT+GRPO": lambda: reinforce(grpo, "sft-grpo", start),
+            "SFT+OPD": lambda: reinforce(opd, "sft-opd", start, teacher=teacher),
+            "SFT+dGRPO": lambda: reinforce(grpo, "sft-dgrpo", start, **dgrpo),
+            "dGRPO without SFT": lambda: reinforce(grpo, "dgrpo", base, **dgrpo)}
+    test, results = read_examples(data["test"]), []
+    for arm, train in arms.items():
+        began_arm = time.time()
+        path = train()
+        seconds = time.time() - began_arm
+        model, tokenizer = load(path, device=device)
+        rows = evaluate(model, tokenizer, test, ctx, cfg.max_new, seed=cfg.seed, progress=f"{'test':8} {arm}")
+        results.append(dict(arm=arm, seed=cfg.seed, **summary(rows), n=len(test), steps=cfg.rl_steps, seconds=seconds, scores=rows))
+        log(results[-1])
+    with open(at("results.jsonl"), "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(r) + "\n" for r in results)
+    with open(at("results.md"), "w", encoding="utf-8") as f:
+        f.write(table(results) + "\n")
+    print(f"\nMean score in %, ± standard error; {cfg.test_n} test examples per task and length, {cfg.test_len} tokens is a "
+          f"length no stage has seen.\n\n{table(results)}\n\nThis took {(time.time() - began) / 60:.1f} minutes; see {cfg.out}/.")
+
+
+if __name__ == "__main__":
+    run(main, Config)
