@@ -25,8 +25,8 @@ import torch
 from tqdm import tqdm
 
 from kernels import token_loss, token_stats
-from model import (Pack, UserError, adamw, load_student, load_teacher, lr_at, pick_device, run, save, split_by_size,
-                   start_run)
+from model import (Pack, UserError, adamw, check_flags, load_student, load_teacher, lr_at, pick_device, run, save,
+                   split_by_size, start_run)
 from rollout import completion_text, data_order, generate, prompt_ids, read_examples, score
 
 
@@ -152,7 +152,8 @@ def stream_loss(s, stats, rows, cfg, first):
     if cfg.tis:  # pi_old is the trainer's own value; how far the sampler was from it becomes a constant, truncated weight
         own = stats.logp.detach() if first else s.logp_first[rows]
         policy_weight, old = weight * (own - old).exp().clamp(max=cfg.tis), own
-    loss = policy_loss(stats.logp, old, s.advantage[rows], policy_weight, cfg.eps_low, cfg.eps_high, cfg.ratio, s.pack.seq[rows])
+    loss = policy_loss(stats.logp, old, s.advantage[rows], policy_weight, cfg.eps_low, cfg.eps_high, cfg.ratio,
+                       s.pack.seq[rows])
     if s.teacher_hidden is not None and cfg.kl == "k2":
         loss = loss + cfg.beta * (weight * k2(stats.logp, s.logp_teacher[rows])).sum()
     elif s.teacher_hidden is not None and cfg.kl != "k1":
@@ -164,13 +165,14 @@ def stream_loss(s, stats, rows, cfg, first):
 
 def check(cfg):
     if cfg.group < 2:
-        raise UserError(f"--group {cfg.group}: a completion is compared with the others of its group, so it needs at least 2")
+        raise UserError(f"--group {cfg.group}: a completion is compared with the others of its group, so it must be "
+                        "at least 2")
     if cfg.kl == "k3":
-        raise UserError("--kl k3: in the loss its gradient is that of the forward KL, whatever its value; use k2, or forward")
-    for name, choices in dict(kl=("reverse", "forward", "jsd", "k1", "k2"), aggregate=("sequence", "token", "constant"),
-                              ratio=("token", "sequence", "cispo"), schedule=("constant", "cosine")).items():
-        if getattr(cfg, name) not in choices:
-            raise UserError(f"--{name} {getattr(cfg, name)}: choose one of {', '.join(choices)}")
+        raise UserError("--kl k3: in the loss its gradient is that of the forward KL, whatever its value; use k2, or "
+                        "forward")
+    check_flags(cfg, ["batch", "max_new", "updates"], kl=("reverse", "forward", "jsd", "k1", "k2"),
+                aggregate=("sequence", "token", "constant"), ratio=("token", "sequence", "cispo"),
+                schedule=("constant", "cosine"))
     if cfg.temperature <= 0:
         raise UserError(f"--temperature {cfg.temperature}: completions of a group must differ, so it must be positive")
 
@@ -183,7 +185,8 @@ def main(cfg):
     prompts = [prompt_ids(tokenizer, e, cfg.ctx, cfg.max_new) for e in examples]
     longest = max(map(len, prompts)) + cfg.group * cfg.max_new
     if longest > cfg.micro:
-        raise UserError(f"--micro {cfg.micro}: the longest prompt with its {cfg.group} completions can take {longest} tokens")
+        raise UserError(f"--micro {cfg.micro}: the longest prompt with its {cfg.group} completions can take {longest} "
+                        "tokens")
     teacher = None
     if cfg.teacher in ("ref", "self"):
         teacher = copy.deepcopy(model).requires_grad_(False)
@@ -239,7 +242,8 @@ def main(cfg):
                     stats = token_stats(*head, **options)
                     loss = stream_loss(s, stats, slice(None), cfg, update == 0)
                 else:
-                    loss, stats = token_loss(lambda stats, rows: stream_loss(s, stats, rows, cfg, update == 0), *head, **options)
+                    loss, stats = token_loss(lambda stats, rows: stream_loss(s, stats, rows, cfg, update == 0),
+                                             *head, **options)
                 loss.backward()
                 with torch.no_grad():
                     if update == 0:
@@ -248,7 +252,8 @@ def main(cfg):
                     kl = stats.kl if s.logp_teacher is None else stats.logp - s.logp_teacher
                     sums["loss"] += loss.item()
                     sums["kl"] += kl.sum().item()
-                    sums["kl_loss"] += cfg.beta * (s.weight * kl).sum().item()
+                    in_loss = k2(stats.logp, s.logp_teacher) if cfg.kl == "k2" else stats.kl         # k1: not in the loss
+                    sums["kl_loss"] += cfg.beta * (s.weight * in_loss).sum().item()
                     sums["entropy"] += stats.entropy.sum().item()
                     sums["clipped"] += ((rho < 1 - cfg.eps_low) | (rho > 1 + cfg.eps_high)).sum().item()
                     sums["logp_diff"] += difference.sum().item()
@@ -264,8 +269,8 @@ def main(cfg):
         rows = max(sum(len(s.pack.rows) for s in streams), 1)
         reward = rewards.mean().item()
         sampling, scoring, updating = np.diff(times).tolist()
-        log(dict(step=step, reward=reward, reward_std=rewards.std(1).mean().item(), zero_variance=equal.float().mean().item(),
-                 loss=sums["loss"], policy_loss=sums["loss"] - sums["kl_loss"], kl=sums["kl"] / rows,
+        log(dict(step=step, reward=reward, reward_std=rewards.std(1).mean().item(),
+                 zero_variance=equal.float().mean().item(), loss=sums["loss"], policy_loss=sums["loss"] - sums["kl_loss"], kl=sums["kl"] / rows,
                  entropy=sums["entropy"] / rows, clipped=sums["clipped"] / rows, logp_diff=sums["logp_diff"] / rows,
                  logp_diff_max=sums["logp_diff_max"], length=lengths.float().mean().item(), length_max=lengths.max().item(),
                  truncated=1 - finished.float().mean().item(), grad_norm=grad_norm, lr=lr_at(step, cfg),

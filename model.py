@@ -32,14 +32,23 @@ class UserError(ValueError):
     """A mistake that the person at the keyboard can mend; the message says how. Scripts print it without a traceback."""
 
 
+def parse_json(text, where):
+    """The JSON object in a text or bytes."""
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{where} is not a JSON object")
+    return content
+
+
 def read_json(path):
     try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+        with open(path, "rb") as f:
+            return parse_json(f.read(), path)
+    except OSError as error:
+        raise UserError(f"{path} does not exist" if not os.path.exists(path) else f"{path}: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------- tokenizer
@@ -48,6 +57,8 @@ def read_json(path):
 QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # ByteLevel's own, use_regex
+CHATML = {"<|im_start|>", "<|im_end|>"}  # the special tokens that a chat template writes
+LLAMA3 = {"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
                    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 
@@ -69,40 +80,31 @@ class Tokenizer:
     def __init__(self, files, where="tokenizer"):
         """files: name -> bytes of the TOKENIZER_FILES that exist; they are kept, and saved again byte for byte."""
         self.files, self.where = files, where
-        spec = self._json("tokenizer.json")
-        pattern, self.nfc = self._check_supported(spec)
-
-        # tiktoken numbers tokens by merge rank: the id of a merged token must grow in the order of the merges
-        byte_of = {c: b for b, c in byte_alphabet().items()}
-        added = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
-        try:
-            ranks = {bytes(byte_of[c] for c in token): i for token, i in spec["model"]["vocab"].items() if token not in added}
-            merged = [spec["model"]["vocab"]["".join(m.split(" ") if isinstance(m, str) else m)] for m in spec["model"]["merges"]]
-        except KeyError as missing:
-            raise UserError(f"{where}: {missing} in the vocabulary or the merges is not byte-level BPE") from None
-        if any(a > b for a, b in zip(merged, merged[1:])):
-            raise UserError(f"{where}: token ids do not follow the order of the merges, which tiktoken needs")
-        unmerged = {i for token, i in ranks.items() if len(token) > 1} - set(merged)
-        if unmerged and not spec["model"].get("ignore_merges"):
-            raise UserError(f"{where}: token {min(unmerged)} is made by no merge and ignore_merges is off")
-        self.n_vocab = max([*ranks.values(), *added.values()]) + 1  # rows of the model beyond this are never used
+        if "tokenizer.json" not in files:
+            raise UserError(f"{where} has no tokenizer.json")
+        spec, config, generation = (parse_json(files.get(name, "{}"), f"{where}/{name}") for name in TOKENIZER_FILES[:3])
+        self.pattern, self.nfc = self._check_supported(spec)
+        added = spec.get("added_tokens", [])
+        self.special = {t["content"]: t["id"] for t in added}
+        self.markup = {t["content"] for t in added if not t["special"]}  # those a model may write itself, such as <think>
+        self.ranks, merged = self._ranks(spec["model"])
+        self.n_vocab = max([*self.ranks.values(), *self.special.values()]) + 1  # the model's rows beyond are never used
         # tiktoken wants all 256 bytes: those the vocabulary lacks get ids past its end, and encode() drops them
-        self.missing = [b for b in range(256) if bytes([b]) not in ranks]
-        ranks |= {bytes([b]): self.n_vocab + i for i, b in enumerate(self.missing)}
-        self.encoding = tiktoken.Encoding("checkpoint", pat_str=pattern, mergeable_ranks=ranks, special_tokens=added)
-        self.pattern, self.special = pattern, added
-        # added tokens that a model may write itself, such as <think>: "special": false in the file
-        self.markup = {t["content"] for t in spec.get("added_tokens", []) if not t["special"]}
-        self.bos = self._leading_special(spec.get("post_processor"))
+        self.missing = bytes(b for b in range(256) if bytes([b]) not in self.ranks)
+        ranks = self.ranks | {bytes([b]): self.n_vocab + i for i, b in enumerate(self.missing)}
+        self.encoding = tiktoken.Encoding("checkpoint", pat_str=self.pattern, mergeable_ranks=ranks,
+                                          special_tokens=self.special)
+        self._check_same_merges(merged, spec["model"].get("ignore_merges"))
 
-        config, generation = self._json("tokenizer_config.json"), self._json("generation_config.json")
-        self.template, self.turn_end = self._known_template(config)
-        stops = generation.get("eos_token_id", [])
-        stops = [stops] if isinstance(stops, int) else list(stops or [])
-        eos = config.get("eos_token")
+        post = spec.get("post_processor") or {}  # what the file puts in front of plain text: Llama's <|begin_of_text|>
+        first = [step["single"][0] for step in post.get("processors", [post]) if step.get("single")]
+        self.bos = [self.special[f["SpecialToken"]["id"]] for f in first if "SpecialToken" in f]
+        eos, stops = config.get("eos_token"), generation.get("eos_token_id") or []
         eos = eos["content"] if isinstance(eos, dict) else eos
-        stops += [self.special[name] for name in (eos, self.turn_end) if name in self.special]
-        self.stop_ids = sorted(set(stops))
+        self.template = self._known_template(config)  # None in a base model: fine until somebody asks for a chat
+        self.turn_end = eos if self.template is None else "<|im_end|>" if "<|im_end|>" in self.template else "<|eot_id|>"
+        self.stop_ids = sorted({self.special[name] for name in (eos, self.turn_end) if name in self.special}
+                               | {*([stops] if isinstance(stops, int) else stops)})
 
     @classmethod
     def from_dir(cls, path):
@@ -113,83 +115,87 @@ class Tokenizer:
                     files[name] = f.read()
         return cls(files, where=path)
 
-    def _json(self, name):
-        if name not in self.files:
-            if name == "tokenizer.json":
-                raise UserError(f"{self.where} has no tokenizer.json")
-            return {}
-        try:
-            return json.loads(self.files[name])
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.where}/{name} is not valid JSON: {error}") from None
+    def _refuse(self, what):
+        raise UserError(f"{self.where}/tokenizer.json: {what} is not supported (only byte-level BPE is)")
 
     def _check_supported(self, spec):
         """The pre-tokenisation pattern and whether text is NFC-normalised; refuse what tiktoken cannot do exactly."""
-        def refuse(what):
-            raise UserError(f"{self.where}/tokenizer.json: {what} is not supported (only byte-level BPE is)")
-        bpe = spec.get("model", {})
+        bpe, pre, normalizer = (spec.get(key) or {} for key in ("model", "pre_tokenizer", "normalizer"))
         if bpe.get("type") != "BPE":
-            refuse(f"model type {bpe.get('type')!r}")
+            self._refuse(f"model type {bpe.get('type')!r}")
         for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
             if bpe.get(key):
-                refuse(f"{key}={bpe[key]!r}")
+                self._refuse(f"{key} {bpe[key]!r}")
         for token in spec.get("added_tokens", []):
             if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
-                refuse(f"added token {token['content']!r} with lstrip, rstrip or single_word")
-        normalizer = spec.get("normalizer") or {"type": None}
-        if normalizer["type"] not in (None, "NFC"):
-            refuse(f"normalizer {normalizer['type']!r}")
-        pre = spec.get("pre_tokenizer") or {"type": None}
-        steps = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
-        split, byte_level = (steps + [None])[:2] if len(steps) == 2 else (None, steps[0])
-        if byte_level["type"] != "ByteLevel" or byte_level.get("add_prefix_space"):
-            refuse(f"pre_tokenizer {byte_level['type']!r}")
-        if split is None and byte_level.get("use_regex", True):
-            return GPT2_PATTERN, normalizer["type"] == "NFC"
-        if (split is None or byte_level.get("use_regex", True) or split["type"] != "Split" or split.get("invert")
-                or split.get("behavior") != "Isolated" or "Regex" not in split["pattern"]):
-            refuse(f"pre_tokenizer {pre}")
-        return split["pattern"]["Regex"], normalizer["type"] == "NFC"
+                self._refuse(f"added token {token['content']!r} with lstrip, rstrip or single_word")
+        if normalizer.get("type") not in (None, "NFC"):
+            self._refuse(f"normalizer {normalizer['type']!r}")
+        *splits, level = pre.get("pretokenizers") or [pre]
+        pattern = splits[0].get("pattern", {}).get("Regex") if splits else GPT2_PATTERN
+        known = (level.get("type") == "ByteLevel" and not level.get("add_prefix_space") and len(splits) < 2 and pattern
+                 and all(s.get("behavior") == "Isolated" and not s.get("invert") for s in splits)
+                 and level.get("use_regex", True) == (not splits))
+        if not known or regex.sub(pattern, "", "".join(map(chr, range(0x3000)))):  # tiktoken drops text that matches nowhere
+            self._refuse(f"pre_tokenizer {pre}")
+        return pattern, normalizer.get("type") == "NFC"
 
-    def _leading_special(self, post):
-        """Ids that the file puts in front of plain text (Llama's <|begin_of_text|>)."""
-        for step in (post or {}).get("processors", [post or {}]):
-            first = (step.get("single") or [{}])[0]
-            if "SpecialToken" in first:
-                return [self.special[first["SpecialToken"]["id"]]]
-        return []
+    def _ranks(self, bpe):
+        """Bytes of every ordinary token -> id, and the ids that merges make, in their order."""
+        byte_of = {c: b for b, c in byte_alphabet().items()}
+        try:
+            ranks = {bytes(byte_of[c] for c in t): i for t, i in bpe["vocab"].items() if t not in self.special}
+            merged = [bpe["vocab"]["".join(m.split(" ") if isinstance(m, str) else m)] for m in bpe["merges"]]
+        except KeyError as missing:
+            self._refuse(f"{missing} in the vocabulary or the merges")
+        if len(set(ranks.values())) < len(ranks):
+            self._refuse("a vocabulary that gives two tokens one id")
+        return ranks, merged
+
+    def _check_same_merges(self, merged, ignore_merges):
+        """tiktoken has no list of merges: it joins any two neighbours that make a token, the lowest id first, and takes a
+        piece that is a token as a whole (the file's ignore_merges). Refuse a file for which this gives other ids."""
+        if any(a > b for a, b in zip(merged, merged[1:])):
+            self._refuse("a vocabulary whose ids do not follow the order of its merges")
+        merged = set(merged)
+        for token, i in self.ranks.items():
+            if i not in merged and any(token[:k] in self.ranks and token[k:] in self.ranks for k in range(1, len(token))):
+                self._refuse(f"token {token!r} that two others make up, without a merge for it,")
+            # text has no byte 255, so nothing merges with it: in front of it we see what the merges alone make of the token
+            if not ignore_merges and self.encoding._encode_single_piece(token + b"\xff")[:-1] != [i]:
+                self._refuse(f"token {token!r} that its merges cannot reach, without ignore_merges,")
 
     def _known_template(self, config):
-        """(family, the token that ends a turn). We render the known families by hand instead of running Jinja."""
+        """Text of the chat template, or None if it is not one that chat() renders: those are known by their markers."""
         text = self.files.get("chat_template.jinja", b"").decode() or config.get("chat_template") or ""
         if isinstance(text, list):  # several named templates
             text = {t["name"]: t["template"] for t in text}.get("default", "")
-        if "<|im_start|>" in text:
-            if "enable_thinking" in text:
-                return "qwen3", "<|im_end|>"
-            return ("qwen2.5" if "created by Alibaba Cloud" in text else "chatml"), "<|im_end|>"
-        if "<|start_header_id|>" in text:
-            return ("llama3.1" if "Cutting Knowledge Date" in text else "llama3"), "<|eot_id|>"
-        return None, None  # a base model: fine until somebody asks for a chat
+        text = text.replace("\\n", "\n").replace("bos_token", "<|begin_of_text|>")
+        markers = set(re.findall(r"<\|\w+\|>", text)) - {"<|python_tag|>", "<|eom_id|>"}  # those two are for tools
+        return text if markers in (CHATML, LLAMA3) and markers <= self.special.keys() else None
 
     def encode(self, text, allowed=()):
         """Ids of a text. Special tokens written in it are plain text, except those named in `allowed`."""
+        names = "|".join(regex.escape(name) for name in sorted(allowed, key=len, reverse=True))
+        ids = []
+        for part in regex.split(f"({names})", text) if names else [text]:
+            ids += [self.special[part]] if part in allowed else self._encode_plain(part)
+        return ids
+
+    def _encode_plain(self, text):
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
-        if self.missing and not set(self.missing).isdisjoint(text.encode("utf-8", "replace")):
-            return self._encode_without_missing_bytes(text, allowed)
-        return self.encoding.encode(text, allowed_special=set(allowed), disallowed_special=())
-
-    def _encode_without_missing_bytes(self, text, allowed):
-        """As the tokenizers library does it: a byte without a token vanishes after pre-tokenisation, before merging."""
-        ids, gone = [], bytes(self.missing)
-        specials = "|".join(regex.escape(s) for s in sorted(allowed, key=len, reverse=True))
-        for part in regex.split(f"({specials})", text) if specials else [text]:
-            if part in allowed:
-                ids.append(self.special[part])
-            else:
-                for piece in regex.findall(self.pattern, part):
-                    ids += self.encoding._encode_single_piece(piece.encode("utf-8", "replace").translate(None, gone))
+        if not self.missing or set(self.missing).isdisjoint(text.encode("utf-8", "replace")):
+            try:
+                return self.encoding.encode(text, disallowed_special=())
+            except ValueError:  # the regex engine of tiktoken gives up on a run of a million spaces
+                pass
+        # as the tokenizers library does it: a byte without a token vanishes after pre-tokenisation, before merging
+        ids, one_piece = [], self.encoding._encode_single_piece
+        for match in regex.finditer(self.pattern, text):
+            piece = match[0].encode("utf-8", "replace")
+            kept = piece.translate(None, self.missing)
+            ids += one_piece(piece) if kept == piece else one_piece(kept + b"\xff")[:-1]  # merges only, see above
         return ids
 
     def decode(self, ids):
@@ -200,49 +206,54 @@ class Tokenizer:
         """Prompt ids of [{"role", "content"}, ...] up to where the assistant begins to write.
 
         think=False closes the thinking block at once where the template has one (Qwen3's enable_thinking=False)."""
-        if self.template is None:
-            raise UserError(f"{self.where} has no chat template we know (Qwen2.5, Qwen3 and Llama 3 ones are): use --no-chat, "
-                            "or put a known chat_template into its tokenizer_config.json")
+        self._need_template()
         for m in messages:
             if m.get("role") not in ("system", "user", "assistant") or not isinstance(m.get("content"), str):
                 raise UserError(f"a message needs a role (system, user, assistant) and a text content, found {m!r:.200}")
+        if not messages or messages[-1]["role"] != "user":
+            raise UserError(f"a chat must end with a message of the user, found {messages[-1:]!r:.200}")
         turns = [(m["role"], m["content"]) for m in messages]
-        if self.template.startswith("llama3"):
-            return self._llama3_chat(turns)
-        if self.template == "qwen2.5" and turns[0][0] != "system":
-            turns = [("system", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")] + turns
+        return self._chatml(turns, think) if self.turn_end == "<|im_end|>" else self._llama3(turns)
+
+    def _chatml(self, turns, think):
+        default = re.search(r"<\|im_start\|>system\n([^'<]+)<\|im_end\|>", self.template)  # Qwen2 and 2.5 have one
+        if default and turns[0][0] != "system":
+            turns = [("system", default[1])] + turns
         start, end, newline = self.special["<|im_start|>"], self.special["<|im_end|>"], self.encode("\n")
         ids = []
         for role, content in turns:
-            if role == "assistant" and self.template == "qwen3":  # thoughts of earlier turns are not shown again
-                content = content.split("</think>")[-1].lstrip("\n")
-            ids += [start] + self.encode(f"{role}\n{content}") + [end] + newline
-        ids += [start] + self.encode("assistant\n")
-        if self.template == "qwen3" and not think:
-            ids += self.encode("<think>\n\n</think>\n\n", allowed=self.markup)
-        return ids
+            if role == "assistant" and "</think>" in content and "</think>" in self.template:
+                content = content.split("</think>")[-1].lstrip("\n")  # Qwen3 does not show thoughts of earlier turns again
+            ids += [start] + self.encode(f"{role}\n{content}", self.markup if role == "assistant" else ()) + [end] + newline
+        begun = "<think>\n" if "<|im_start|>assistant\n<think>\n" in self.template else ""  # Qwen3-Thinking-2507
+        if "enable_thinking" in self.template and not think:
+            begun = "<think>\n\n</think>\n\n"
+        return ids + [start] + self.encode("assistant\n" + begun, self.markup)
 
-    def _llama3_chat(self, turns):
-        if self.template == "llama3.1":  # this template always opens with a dated system turn
-            system = turns.pop(0)[1].strip() if turns[0][0] == "system" else ""
+    def _llama3(self, turns):
+        turns = [(role, content.strip()) for role, content in turns]
+        if "Cutting Knowledge Date" in self.template:  # Llama 3.1 and later always open with a system turn. 3.2 would write
+            system = turns.pop(0)[1] if turns[0][0] == "system" else ""  # today's date: prompts must not change by the day
             turns.insert(0, ("system", f"Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n{system}"))
         ids = [self.special["<|begin_of_text|>"]]
-        for role, content in turns + [("assistant", None)]:
+        for role, content in turns + [("assistant", "")]:
             ids += [self.special["<|start_header_id|>"]] + self.encode(role) + [self.special["<|end_header_id|>"]]
-            if content is None:
-                return ids + self.encode("\n\n")
-            # the file strips the content of a turn, but not what it writes itself
-            content = content if role == "system" and self.template == "llama3.1" else content.strip()
-            ids += self.encode("\n\n" + content) + [self.special["<|eot_id|>"]]
+            ids += self.encode("\n\n" + content, self.markup if role == "assistant" else ()) + [self.special["<|eot_id|>"]]
+        return ids[:-1]  # the assistant's turn stays open
+
+    def _need_template(self):
+        if self.template is None:
+            raise UserError(f"{self.where} has no chat template we know (Qwen2.5, Qwen3 and Llama 3 ones are): put a known "
+                            "chat_template into its tokenizer_config.json, or use rollout.py --no-chat")
 
     def completion(self, text):
         """Ids of what an assistant writes: the text, in which <think> and the like are tokens, and the end of the turn."""
+        self._need_template()
         return self.encode(text, allowed=self.markup) + [self.special[self.turn_end]]
 
     def same_encoding(self, other):
         """Whether both give every text the same ids: vocabularies compared token by token, not by size."""
-        return (self.encoding._mergeable_ranks == other.encoding._mergeable_ranks and self.special == other.special
-                and self.pattern == other.pattern and self.nfc == other.nfc)
+        return all(getattr(self, name) == getattr(other, name) for name in ("ranks", "special", "pattern", "nfc"))
 
 
 def tiny_tokenizer(words):
@@ -253,24 +264,25 @@ def tiny_tokenizer(words):
     vocab = {alphabet[b]: b for b in range(256)}
     for word in words:
         vocab.setdefault("".join(alphabet[b] for b in word.encode()), len(vocab))
+    # two tokens that make up a third are joined, as tiktoken does it unasked; the merges tell other libraries
+    merges = [[t[:k], t[k:]] for t in vocab for k in range(1, len(t)) if t[:k] in vocab and t[k:] in vocab]
     names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
     added = [dict(id=len(vocab) + i, content=name, single_word=False, lstrip=False, rstrip=False, normalized=False,
                   special=name.startswith("<|")) for i, name in enumerate(names)]
     split = dict(type="Split", pattern=dict(Regex=QWEN_PATTERN), behavior="Isolated", invert=False)
     level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
-    spec = dict(version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=dict(type="NFC"),
-                pre_tokenizer=dict(type="Sequence", pretokenizers=[split, level]), post_processor=None,
-                decoder=dict(type="ByteLevel", add_prefix_space=True, trim_offsets=True, use_regex=True),
-                model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
-                           fuse_unk=False, byte_fallback=False, ignore_merges=True, vocab=vocab, merges=[]))
-    template = ("{%- for m in messages %}{%- set content = m.content.split('</think>')[-1].lstrip('\\n') if m.role == 'assistant'"
-                " else m.content %}{{- '<|im_start|>' + m.role + '\\n' + content + '<|im_end|>\\n' }}{%- endfor %}"
+    spec = dict(version="1.0", added_tokens=added, normalizer=dict(type="NFC"), decoder=level,
+                pre_tokenizer=dict(type="Sequence", pretokenizers=[split, level]),
+                model=dict(type="BPE", ignore_merges=True, vocab=vocab, merges=merges))
+    template = ("{%- for m in messages %}{%- set content = m.content %}{%- if m.role == 'assistant' and '</think>' in content %}"
+                "{%- set content = content.split('</think>')[-1].lstrip('\\n') %}{%- endif %}"
+                "{{- '<|im_start|>' + m.role + '\\n' + content + '<|im_end|>\\n' }}{%- endfor %}"
                 "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
                 "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
                 "{%- endif %}")
     config = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token="<|im_end|>", pad_token="<|endoftext|>",
                   chat_template=template, clean_up_tokenization_spaces=False)
-    stops = [t["id"] for t in added if t["content"] in ("<|im_end|>", "<|endoftext|>")]
+    stops = [t["id"] for t in added[:3:2]]  # <|endoftext|> and <|im_end|>
     files = {"tokenizer.json": spec, "tokenizer_config.json": config, "generation_config.json": dict(eos_token_id=stops)}
     return Tokenizer({name: json.dumps(content, ensure_ascii=False, indent=1).encode() for name, content in files.items()})
 
@@ -278,6 +290,8 @@ def tiny_tokenizer(words):
 # ------------------------------------------------------------------------------------------------------------------- config
 
 ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama"}
+ROPE_NUMBERS = {"default": [], "linear": ["factor"], "yarn": ["factor", "original_max_position_embeddings"],
+                "llama3": ["factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"]}
 
 
 @dataclass
@@ -299,14 +313,6 @@ class Config:
     attention_bias: bool = False
     mlp_bias: bool = False
 
-    @property
-    def qkv_bias(self):
-        return self.attention_bias or self.model_type == "qwen2"
-
-    @property
-    def o_bias(self):
-        return self.attention_bias and self.model_type != "qwen2"
-
     @classmethod
     def from_dir(cls, path):
         """Read path/config.json. Raises UserError for another architecture, a missing field or an unsupported option."""
@@ -315,36 +321,39 @@ class Config:
         found = (raw.get("architectures") or [None])[0]
         if found not in ARCHITECTURES:
             raise UserError(f"{where}: architecture {found!r} is not supported; these are: {', '.join(ARCHITECTURES)}")
-        raw["model_type"] = ARCHITECTURES[found]
-        if raw.get("use_sliding_window") or "sliding_attention" in raw.get("layer_types", []):
+        if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or []):
             raise UserError(f"{where}: sliding-window attention is not supported")
         if raw.get("hidden_act", "silu") != "silu":
             raise UserError(f"{where}: hidden_act {raw['hidden_act']!r} is not supported (silu is)")
-        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})  # new spelling, old spelling
-        rope_type = rope.pop("type", None) if "rope_type" not in rope else (rope.pop("type", None), rope.pop("rope_type"))[1]
-        raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 1e4))
-        if rope_type not in (None, "default", "linear", "yarn", "llama3"):
-            raise UserError(f"{where}: RoPE scaling {rope_type!r} is not supported (default, linear, yarn, llama3 are)")
-        raw["rope_scaling"] = None if rope_type in (None, "default") else {"rope_type": rope_type, **rope}
-        if rope_type in ("yarn", "llama3"):
-            raw["rope_scaling"].setdefault("original_max_position_embeddings",
-                                           raw.get("original_max_position_embeddings", raw.get("max_position_embeddings")))
-        raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
-        if raw.get("head_dim") is None and raw.get("num_attention_heads"):
-            raw["head_dim"] = 128 if raw["model_type"] == "qwen3" else raw.get("hidden_size", 0) // raw["num_attention_heads"]
+
+        # what transformers assumes where the file is silent
+        heads, raw["model_type"] = raw.get("num_attention_heads") or 1, ARCHITECTURES[found]
+        raw["num_key_value_heads"] = raw.get("num_key_value_heads") or heads
+        raw["head_dim"] = raw.get("head_dim") or (128 if found == "Qwen3ForCausalLM" else raw.get("hidden_size", 0) // heads)
         raw.setdefault("tie_word_embeddings", False)
-        fields = {f.name: f for f in dataclasses.fields(cls)}
-        config = {name: raw[name] for name in fields if name in raw}
-        for name, f in fields.items():
-            if name not in config and f.default is dataclasses.MISSING:
-                raise UserError(f"{where}: {name} is missing")
-            kind = {int: int, float: (int, float), bool: bool, str: str}.get(f.type)
-            if kind and name in config and (not isinstance(config[name], kind) or (kind is int and config[name] <= 0)):
-                raise UserError(f"{where}: {name} is {config[name]!r}, expected {'a positive int' if kind is int else f.type}")
-        if config["num_attention_heads"] % config["num_key_value_heads"] or config["head_dim"] % 2:
-            raise UserError(f"{where}: num_attention_heads {config['num_attention_heads']} must be a multiple of "
-                            f"num_key_value_heads {config['num_key_value_heads']}, and head_dim {config['head_dim']} even")
-        return cls(**config)
+        rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})  # old spelling, new spelling
+        kind = rope.pop("rope_type", rope.pop("type", "default"))
+        raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 1e4))
+        if kind not in ROPE_NUMBERS:
+            raise UserError(f"{where}: RoPE scaling {kind!r} is not supported; these are: {', '.join(ROPE_NUMBERS)}")
+        original = "original_max_position_embeddings"
+        if original in ROPE_NUMBERS[kind]:
+            rope[original] = raw.get(original) or rope.get(original) or raw.get("max_position_embeddings")
+        raw["rope_scaling"] = {"rope_type": kind, **rope} if kind != "default" else None
+        for name in ROPE_NUMBERS[kind]:
+            if not isinstance(rope.get(name), int | float):
+                raise UserError(f"{where}: RoPE scaling {kind!r} needs a number {name}, found {rope.get(name)!r}")
+
+        for f in dataclasses.fields(cls):
+            value, number = raw.setdefault(f.name, f.default), f.type in (int, float)
+            if not isinstance(value, int | float if f.type is float else f.type) or number and value <= 0:
+                found = "missing" if value is dataclasses.MISSING else repr(value)
+                raise UserError(f"{where}: {f.name} is {found}, expected {'a positive ' * number}{f.type.__name__}")
+        config = cls(**{f.name: raw[f.name] for f in dataclasses.fields(cls)})
+        if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
+            raise UserError(f"{where}: num_attention_heads {config.num_attention_heads} must be a multiple of "
+                            f"num_key_value_heads {config.num_key_value_heads}, and head_dim {config.head_dim} even")
+        return config
 
     def to_dict(self, dtype):
         """What we write as config.json."""
@@ -411,7 +420,7 @@ class Pack:
             for i, completion in enumerate(completions):
                 skip, at, R = silent[e][i] if silent else 0, len(tokens), len(completion)
                 before = [last] + list(range(at, at + R - 1))  # the row in front of each of its tokens
-                rows += before[skip:]
+                rows += before[skip:R]  # [last] alone would be one too many for an empty completion
                 targets += completion[skip:]
                 seq += [count] * (R - skip)
                 tokens += completion
@@ -493,28 +502,32 @@ def rope_frequencies(config):
     freq = 1.0 / base ** (torch.arange(0, C, 2, device="cpu").float() / C)
     if s is None:
         return freq, 1.0
+    factor = s["factor"]
     if s["rope_type"] == "linear":
-        return freq / s["factor"], 1.0
+        return freq / factor, 1.0
     original = s["original_max_position_embeddings"]
     if s["rope_type"] == "llama3":
         low, high = s["low_freq_factor"], s["high_freq_factor"]
         turns = original * freq / (2 * math.pi)                # how often a pair turns within the original length
         keep = ((turns - low) / (high - low)).clamp(0, 1)      # 1: fast pair, unchanged; 0: slow pair, divided
-        return keep * freq + (1 - keep) * freq / s["factor"], 1.0
-    factor = s.get("factor") or config.max_position_embeddings / original
+        return keep * freq + (1 - keep) * freq / factor, 1.0
+
     def pair_that_turns(n):                                    # index of the pair that turns n times in the original length
         return C * math.log(original / (n * 2 * math.pi)) / (2 * math.log(base))
+
+    def mscale(m):
+        return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+
     low, high = pair_that_turns(s.get("beta_fast") or 32), pair_that_turns(s.get("beta_slow") or 1)
     if s.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, C - 1)
-    ramp = ((torch.arange(C // 2, device="cpu") - low) / max(high - low, 0.001)).clamp(0, 1)
-    def mscale(m):
-        return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+    ramp = ((torch.arange(C // 2, device="cpu") - low) / (high - low or 0.001)).clamp(0, 1)
     attention = s.get("attention_factor")
-    if attention is None and s.get("mscale") and s.get("mscale_all_dim"):
-        attention = mscale(s["mscale"]) / mscale(s["mscale_all_dim"])
-    return freq / factor * ramp + freq * (1 - ramp), mscale(1) if attention is None else attention
+    if attention is None:
+        m, of = s.get("mscale"), s.get("mscale_all_dim")
+        attention = mscale(m) / mscale(of) if m and of else mscale(1)
+    return freq / factor * ramp + freq * (1 - ramp), attention
 
 
 def rotate(x, cos, sin):
@@ -526,11 +539,12 @@ def rotate(x, cos, sin):
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.head_dim = c.head_dim
-        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
-        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
+        self.head_dim, queries, keys = c.head_dim, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        bias = c.attention_bias or c.model_type == "qwen2"
+        self.q_proj = Linear(c.hidden_size, queries, bias)
+        self.k_proj = Linear(c.hidden_size, keys, bias)
+        self.v_proj = Linear(c.hidden_size, keys, bias)
+        self.o_proj = Linear(queries, c.hidden_size, c.attention_bias and c.model_type != "qwen2")
         if c.model_type == "qwen3":
             self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps), RMSNorm(c.head_dim, c.rms_norm_eps)
         else:
@@ -582,8 +596,9 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self):
-        """[V, D], the same tensor as the embedding when tied."""
-        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        """[V, D] in the dtype of the activations; the embedding itself when tied."""
+        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return weight.to(self.compute_dtype or weight.dtype)
 
     @property
     def device(self):
@@ -605,19 +620,19 @@ class Transformer(nn.Module):
         """All logits [T, V] of one plain sequence: for tests and small experiments."""
         pack = Pack.build([(list(tokens), [])], self.device)
         hidden = self(pack)
-        return F.linear(hidden, self.head_weight.to(hidden.dtype)).float()
+        return F.linear(hidden, self.head_weight).float()
 
 
 def new_model(config, seed):
-    """Random weights N(0, 1/fan_in), the same for a seed on any machine. (0.02, right for a width of 2,500, starts models
-    as narrow as ours so flat that they need several times the steps to discover copying from the context.)"""
+    """Random weights N(0, 1 / (4 fan_in)), the same for a seed on any machine. That is the usual 0.02 at a width of 600;
+    models as small as ours start too flat with 0.02, and with 1 / fan_in their blocks drown the embeddings."""
     model = Transformer(config)
     generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5, generator=generator)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            nn.init.normal_(p, std=0.5 * p.shape[1] ** -0.5, generator=generator)
+        elif name.endswith("bias"):
+            nn.init.zeros_(p)
     return model
 
 
@@ -628,21 +643,28 @@ SHARD_BYTES = 5 * 10**9
 
 def shard_files(path):
     """The safetensors files of a checkpoint directory: those its index names, or model.safetensors."""
-    index = os.path.join(path, "model.safetensors.index.json")
-    names = sorted(set(read_json(index)["weight_map"].values())) if os.path.exists(index) else ["model.safetensors"]
+    index, names, why = os.path.join(path, "model.safetensors.index.json"), {"model.safetensors"}, ""
+    if os.path.exists(index):
+        weight_map = read_json(index).get("weight_map")
+        if not weight_map or not isinstance(weight_map, dict):
+            raise UserError(f"{index} has no weight_map")
+        names, why = set(weight_map.values()), f", which {os.path.basename(index)} names"
     for name in names:
         if not os.path.exists(os.path.join(path, name)):
-            raise UserError(f"{path} has no {name}" + (f", which {os.path.basename(index)} names" if len(names) > 1 else ""))
-    return [os.path.join(path, name) for name in names]
+            raise UserError(f"{path} has no {name}{why}")
+    return [os.path.join(path, name) for name in sorted(names)]
+
+
+def file_name(parameter):
+    """Name in Hugging Face's files of a parameter of Transformer."""
+    return parameter if parameter == "lm_head.weight" else f"model.{parameter}"
 
 
 def load(path, dtype=torch.float32, device="cpu"):
     """(Transformer, Tokenizer) of a Hugging Face directory. Names and shapes are checked before memory is taken, then each
-    tensor goes from the file straight to its place, so the peak is the model and one tensor.
+    tensor goes from the file straight to its place, so the peak is the model and one shard.
 
     Raises UserError for anything missing, extra, of the wrong shape or unsupported."""
-    if not os.path.isdir(path):
-        raise UserError(f"{path} is not a directory with a checkpoint (config.json, tokenizer.json, *.safetensors)")
     config, tokenizer = Config.from_dir(path), Tokenizer.from_dir(path)
     if tokenizer.n_vocab > config.vocab_size:
         raise UserError(f"{path}: the tokenizer's ids go up to {tokenizer.n_vocab - 1}, the embedding has only "
@@ -650,16 +672,17 @@ def load(path, dtype=torch.float32, device="cpu"):
     with torch.device("meta"):
         model = Transformer(config)
     model.n_vocab = tokenizer.n_vocab
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-
-    def ours(name):  # file names are model.layers.0..., lm_head.weight; ours lack the first part
-        return name.removeprefix("model.")
+    expected = {file_name(name): tuple(p.shape) for name, p in model.named_parameters()}
 
     found, files = {}, shard_files(path)
     for file in files:
         try:
             with safe_open(file, framework="pt") as f:
-                found |= {ours(name): tuple(f.get_slice(name).get_shape()) for name in f.keys()}
+                for name in f.keys():
+                    tensor = f.get_slice(name)
+                    found[name] = tuple(tensor.get_shape())
+                    if tensor.get_dtype() not in ("F32", "F16", "BF16"):
+                        raise UserError(f"{file}: tensor {name} is {tensor.get_dtype()}, expected F32, F16 or BF16")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} cannot be read, is it truncated? ({error})") from None
     if config.tie_word_embeddings:
@@ -667,13 +690,13 @@ def load(path, dtype=torch.float32, device="cpu"):
     found = {name: shape for name, shape in found.items() if not name.endswith("rotary_emb.inv_freq")}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            raise UserError(f"{path}: tensor {name} is {found.get(name, 'missing')}, expected {expected.get(name, 'no such tensor')}")
+            raise UserError(f"{path}: tensor {name} is {found.get(name, 'missing')}, expected "
+                            f"{expected.get(name, 'no such tensor')}")
 
     for file in files:
         with safe_open(file, framework="pt", device=str(device)) as f:
-            for name in f.keys():
-                if ours(name) in expected:
-                    model.load_state_dict({ours(name): f.get_tensor(name).to(dtype)}, strict=False, assign=True)
+            tensors = {name.removeprefix("model."): f.get_tensor(name).to(dtype) for name in f.keys() & expected.keys()}
+        model.load_state_dict(tensors, strict=False, assign=True)
     return model, tokenizer
 
 
@@ -681,10 +704,11 @@ def save(path, model, tokenizer):
     """Write a Hugging Face directory: config, tokenizer files, safetensors in shards of at most 5 GB.
 
     All is written beside `path` and moved there at the end: whoever finds `path` finds it whole."""
-    temporary, old = f"{path.rstrip('/')}.writing", f"{path.rstrip('/')}.old"
+    path = os.path.normpath(path)  # no slash at the end
+    temporary, old = f"{path}.writing", f"{path}.old"
     shutil.rmtree(temporary, ignore_errors=True)
     os.makedirs(temporary)
-    weights = {name if name == "lm_head.weight" else f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    weights = {file_name(name): p.detach() for name, p in model.named_parameters()}
     shards, size = [{}], 0
     for name, tensor in weights.items():
         if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
@@ -694,27 +718,29 @@ def save(path, model, tokenizer):
         size += tensor.nbytes
     names = ["model.safetensors"] if len(shards) == 1 else [
         f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    files = dict(tokenizer.files)
-    eos = tokenizer.stop_ids
-    config = model.config.to_dict(model.head_weight.dtype) | ({"eos_token_id": eos if len(eos) > 1 else eos[0]} if eos else {})
-    files["config.json"] = json.dumps(config, indent=2).encode()
-    if len(shards) > 1:
-        index = dict(metadata=dict(total_size=sum(t.nbytes for t in weights.values())),
-                     weight_map={name: file for file, shard in zip(names, shards) for name in shard})
-        files["model.safetensors.index.json"] = json.dumps(index, indent=2).encode()
     for name, shard in zip(names, shards):
         save_file({n: t.contiguous().cpu() for n, t in shard.items()}, os.path.join(temporary, name), {"format": "pt"})
-    for name, content in files.items():
+
+    stops = dict(bos_token_id=(tokenizer.bos or [None])[0], eos_token_id=tokenizer.stop_ids or None)
+    files = {"config.json": model.config.to_dict(model.embed_tokens.weight.dtype) | stops, "generation_config.json": stops}
+    if len(shards) > 1:
+        files["model.safetensors.index.json"] = dict(
+            metadata=dict(total_size=sum(t.nbytes for t in weights.values())),
+            weight_map={name: file for file, shard in zip(names, shards) for name in shard})
+    files = {name: json.dumps(content, indent=2).encode() for name, content in files.items()}
+    for name, content in (files | tokenizer.files).items():
         with open(os.path.join(temporary, name), "wb") as f:
             f.write(content)
     for name in os.listdir(temporary):
+        # safetensors makes files that only their owner can read
+        shutil.copymode(os.path.join(temporary, "config.json"), os.path.join(temporary, name))
         with open(os.path.join(temporary, name), "rb") as f:
             os.fsync(f.fileno())
+    shutil.rmtree(old, ignore_errors=True)
     if os.path.isdir(path):  # a directory cannot be replaced in one step: move the old one away first
-        shutil.rmtree(old, ignore_errors=True)
         os.rename(path, old)
         for name in os.listdir(old):  # what else lives there, such as metrics.jsonl, stays
-            if not name.endswith(".safetensors") and not os.path.exists(os.path.join(temporary, name)):
+            if ".safetensors" not in name and not os.path.exists(os.path.join(temporary, name)):
                 os.rename(os.path.join(old, name), os.path.join(temporary, name))
     os.rename(temporary, path)
     shutil.rmtree(old, ignore_errors=True)
@@ -731,7 +757,13 @@ def cli(Config):
     for f in dataclasses.fields(Config):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar=f.type.__name__)
         text = comments.get(f.name, "").replace("%", "%%")
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f"{text} (default {f.default!r})", **kind)
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f"{text} (default {f.default!r})",
+                            **kind)
+
+    def error(message):  # argparse would print the whole usage above it
+        raise UserError(f"{message} (--help lists the flags)")
+
+    parser.error = error
     return Config(**vars(parser.parse_args()))
 
 
@@ -742,6 +774,16 @@ def run(main, Config):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def check_flags(cfg, positive, **choices):
+    """Refuse a flag of `positive` below 1, and one that is none of its choices."""
+    for name in positive:
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1")
+    for name, allowed in choices.items():
+        if getattr(cfg, name) not in allowed:
+            raise UserError(f"--{name} {getattr(cfg, name)}: choose one of {', '.join(allowed)}")
 
 
 def pick_device():
@@ -790,8 +832,8 @@ def start_run(cfg, what):
             raise UserError(f"{path} is not ours: choose another --out, or move it away") from None
         changed = [f"{k}: {before.get(k)!r} there, {v!r} now" for k, v in config.items() if before.get(k) != v]
         if changed:
-            raise UserError(f"{cfg.out} holds a run of another configuration ({'; '.join(changed)}): choose another --out, or "
-                            "delete it")
+            raise UserError(f"{cfg.out} holds a run of another configuration ({'; '.join(changed)}): choose another --out, "
+                            "or delete it")
     elif os.path.isdir(cfg.out) and os.listdir(cfg.out):
         raise UserError(f"{cfg.out} is not empty and holds no run of ours: choose another --out")
     try:

@@ -22,8 +22,8 @@ import torch
 from tqdm import tqdm
 
 from kernels import token_loss, token_stats
-from model import (Pack, UserError, adamw, load_student, load_teacher, lr_at, pick_device, run, save, split_by_size,
-                   start_run)
+from model import (Pack, UserError, adamw, check_flags, load_student, load_teacher, lr_at, pick_device, run, save,
+                   split_by_size, start_run)
 from rollout import Completion, data_order, demonstration, generate, prompt_ids, read_examples
 
 
@@ -56,8 +56,11 @@ class Config:
 # -------------------------------------------------------------------------------------------------------------------- losses
 
 def token_weights(lengths):
-    """1 / (|o_i| M) for each of M completions [M]: a mean over tokens, then over completions."""
-    return 1.0 / (lengths.clamp(min=1) * max(len(lengths), 1))
+    """1 / (|o_i| G_b B) for each completion: a mean over its tokens, over the G_b completions of its prompt, over B prompts.
+
+    lengths [[tokens of each completion], ...], one list a prompt -> [sum G_b]. A prompt that --lam gives its one
+    demonstration then weighs as much as one with several completions of the student's own."""
+    return torch.tensor([1.0 / (max(n, 1) * len(group) * len(lengths)) for group in lengths for n in group])
 
 
 def distill_loss(divergence, weight):
@@ -78,15 +81,16 @@ def sampled_divergence(logp, logp_teacher, kind):
 # ---------------------------------------------------------------------------------------------------------------------- main
 
 def check(cfg):
-    for name, choices in dict(kl=("reverse", "forward", "jsd", "k1", "k2"), schedule=("constant", "cosine")).items():
-        if getattr(cfg, name) not in choices:
-            raise UserError(f"--{name} {getattr(cfg, name)}: choose one of {', '.join(choices)}")
+    check_flags(cfg, ["batch", "group", "max_new"], kl=("reverse", "forward", "jsd", "k1", "k2"),
+                schedule=("constant", "cosine"))
     if not 0 <= cfg.lam <= 1:
         raise UserError(f"--lam {cfg.lam}: a share lies between 0 and 1")
     if cfg.kl in ("k1", "k2") and (cfg.lam < 1 or cfg.top_k):
         raise UserError(f"--kl {cfg.kl} looks at sampled tokens only: it needs --lam 1 and no --top-k")
-    if cfg.group < 1 or cfg.temperature <= 0:
-        raise UserError(f"--group {cfg.group} must be at least 1 and --temperature {cfg.temperature} positive")
+    if cfg.temperature <= 0:
+        raise UserError(f"--temperature {cfg.temperature}: must be positive")
+    if not 0 < cfg.jsd_weight < 1:
+        raise UserError(f"--jsd-weight {cfg.jsd_weight}: must lie between 0 and 1; at the ends use --kl forward or reverse")
 
 
 def main(cfg):
@@ -95,10 +99,14 @@ def main(cfg):
     model, tokenizer = load_student(cfg.model, device)
     teacher = load_teacher(cfg.teacher, device, tokenizer)
     examples = read_examples(cfg.data, cfg.response_field if cfg.lam < 1 else None)
-    prompts = [prompt_ids(tokenizer, e, cfg.ctx, cfg.max_new) for e in examples]
+    if not 0 <= cfg.top_k <= model.n_vocab:
+        raise UserError(f"--top-k {cfg.top_k}: must lie between 0 and the {model.n_vocab} tokens there are")
+    written = [[] if cfg.lam == 1 else tokenizer.completion(demonstration(e, cfg.response_field)) for e in examples]
+    prompts = [prompt_ids(tokenizer, e, cfg.ctx, max(cfg.max_new, len(w))) for e, w in zip(examples, written)]
     longest = max(map(len, prompts)) + cfg.group * cfg.max_new
     if longest > cfg.micro:
-        raise UserError(f"--micro {cfg.micro}: the longest prompt with its {cfg.group} completions can take {longest} tokens")
+        raise UserError(f"--micro {cfg.micro}: the longest prompt with its {cfg.group} completions can take {longest} "
+                        "tokens")
     log = start_run(cfg, "opd")
     optimizer = adamw(model, cfg.lr)
     sampled = cfg.kl in ("k1", "k2")
@@ -111,16 +119,16 @@ def main(cfg):
         # completions: the student's own, or with probability 1 - lam the demonstration
         times = [time.time()]
         chosen = data_order(len(examples), cfg.batch, step, cfg.seed)
-        own = np.random.default_rng([cfg.seed, step]).random(cfg.batch) < cfg.lam                    # [B]
-        written = iter(generate(model, [prompts[i] for i, mine in zip(chosen, own) if mine], cfg.group, cfg.max_new,
-                                cfg.temperature, stop_ids=tokenizer.stop_ids, seed=(cfg.seed, step)))
+        # numpy pads seeds with zeros: (seed, step) alone would repeat the noise of the step's first completion
+        own = np.random.default_rng([cfg.seed, step, cfg.batch]).random(cfg.batch) < cfg.lam         # [B]
+        sampled_groups = iter(generate(model, [prompts[i] for i, mine in zip(chosen, own) if mine], cfg.group,
+                                       cfg.max_new, cfg.temperature, stop_ids=tokenizer.stop_ids, seed=(cfg.seed, step)))
         completions = []
         for i, mine in zip(chosen, own):
-            tokens = None if mine else tokenizer.completion(demonstration(examples[i], cfg.response_field))
-            completions.append(next(written) if mine else [Completion(tokens, [0.0] * len(tokens), True)])
+            completions.append(next(sampled_groups) if mine else [Completion(written[i], [0.0] * len(written[i]), True)])
         everyone = [c for group in completions for c in group]
         lengths = torch.tensor([len(c.tokens) for c in everyone])                                    # [M]
-        weight = token_weights(lengths)                                                              # [M]
+        weight = token_weights([[len(c.tokens) for c in group] for group in completions])            # [M]
 
         # distil: all streams make one optimizer step
         times.append(time.time())
@@ -159,8 +167,8 @@ def main(cfg):
         # log
         rows = int(lengths.sum())
         sampling, updating = np.diff(times).tolist()
-        log(dict(step=step, loss=sums["loss"], kl=sums["kl"] / rows, entropy=sums["entropy"] / rows, on_policy=float(own.mean()),
-                 length=lengths.float().mean().item(), length_max=lengths.max().item(),
+        log(dict(step=step, loss=sums["loss"], kl=sums["kl"] / rows, entropy=sums["entropy"] / rows,
+                 on_policy=float(own.mean()), length=lengths.float().mean().item(), length_max=lengths.max().item(),
                  truncated=sum(not c.finished for c in everyone) / len(everyone), grad_norm=grad_norm, lr=lr_at(step, cfg),
                  tokens=sum(sizes), seconds_sampling=sampling, seconds_update=updating))
         bar.set_postfix_str(f"kl {sums['kl'] / rows:.3f}")

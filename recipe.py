@@ -27,7 +27,8 @@ import regex
 from tqdm import tqdm
 
 import grpo, opd, sft
-from model import (PRESETS, QWEN_PATTERN, UserError, load, new_model, pick_device, run, save, start_run, tiny_tokenizer)
+from model import (PRESETS, QWEN_PATTERN, Tokenizer, UserError, check_flags, load, new_model, pick_device, run, save,
+                   start_run, tiny_tokenizer)
 from model import Config as ModelConfig
 from rollout import evaluate, mean_and_error, prompt_messages, read_examples
 
@@ -42,9 +43,9 @@ class Config:
     train_len: int = 256            # prompt tokens of the long training examples
     test_len: int = 512             # a length that no stage trains on, for the table
     long_share: float = 0.9         # share of long examples in the mixture, by tokens
-    base_steps: int = 700           # training of the tiny student on short texts
-    teacher_steps: int = 300        # training of the tiny teacher on all of it
-    sft_steps: int = 80             # cold start
+    base_steps: int = 600           # training of the tiny student on short texts
+    teacher_steps: int = 250        # training of the tiny teacher on all of it
+    sft_steps: int = 60             # cold start
     rl_steps: int = 60              # rollouts of GRPO, OPD and dGRPO
     batch: int = 8                  # prompts per rollout
     group: int = 8                  # completions per prompt
@@ -59,11 +60,9 @@ class Config:
 
 # --------------------------------------------------------------------------------------------------------------------- tasks
 
-NAMES = """Ada Bob Cid Dan Eve Fay Gil Hal Ida Jon Kim Lee Mia Ned Ola Pam Quin Ray Sue Tom Una Val Wes Xia Yan Zoe Amy Ben Cal
-Don Eli Flo""".split()
-THINGS = "coin lamp ring book bell drum cup fan hat key map net oar pen rug saw".split()
-PLACES = """Rome Oslo Lima Cairo Paris Delhi Tokyo Quito Seoul Bern Riga Accra Dakar Hanoi Kyiv Malta Milan Perth Porto Prague Sofia
-Tunis Turin Vienna""".split()
+NAMES = "Ada Bob Cid Dan Eve Fay Gil Hal Ida Jon Kim Lee Mia Ned Ola Pam Quin Ray Sue Tom Una Val Wes Zoe".split()
+THINGS = "coin lamp ring book bell drum cup fan".split()
+PLACES = "Rome Oslo Lima Cairo Paris Delhi Tokyo Quito Seoul Bern Riga Accra Dakar Hanoi Kyiv Malta".split()
 HEADER = "In each pair the first leads to the second:"
 NUMBERS = "one two three four five six seven eight".split()
 IDLE = ["The sky is clear today.", "Rain fell on the hills.", "The market opens early.", "A bell rang in the square.",
@@ -77,10 +76,10 @@ def make_document(rng, budget, count):
     Things lead to a place, and a place to where what was there went next. count(sentence) -> its tokens."""
     def some(words, n):
         return [words[i] for i in rng.permutation(len(words))[:n]]
-    names = some(NAMES, max(4, budget // 10))
+    names = some(NAMES, max(4, budget // 12))
     links = dict(zip(names, names[1:] + names[:1]))
     places = some(PLACES, len(PLACES))
-    for thing in some(THINGS, max(1, budget // 40)):
+    for thing in some(THINGS, min(len(THINGS) // 2, max(1, budget // 40))):
         stations = [thing] + [places.pop() for _ in range(min(len(places), rng.integers(1, 5)))]
         links |= dict(zip(stations, stations[1:]))
     sentences = [f"{a} {b}." for a, b in links.items()]
@@ -107,7 +106,8 @@ def ask_latest(rng, links, _):
     thing = any_of(rng, [t for t in THINGS if (t in links) != absent], dict.fromkeys(THINGS))
     path = walk(links, thing, len(links))
     answer = path[-1] if len(path) > 1 else "none"
-    return f"Where is the {thing} now?", answer, "exact", thought(path, " stays" if len(path) > 1 else " absent") + f"Answer: {answer}"
+    end = " stays" if len(path) > 1 else " absent"
+    return f"Where is the {thing} now?", answer, "exact", thought(path, end) + f"Answer: {answer}"
 
 
 def ask_chain(rng, links, hops):
@@ -151,8 +151,15 @@ def ask_reverse(rng):
             f"<think>\n{numbered}</think>\n\nAnswer: {', '.join(names[::-1])}")
 
 
+def ask_copy(rng):
+    """A list of words, once more: the plainest use of a context, and what the look-ups of the long tasks grow from."""
+    words = [*NAMES, *THINGS, *PLACES]
+    text = " ".join(words[i] for i in rng.permutation(len(words))[:rng.integers(4, 13)])
+    return f"Write this again: {text}", text, "exact", f"<think>\n</think>\n\nAnswer: {text}"
+
+
 LONG_TASKS = {"hops": ask_hops, "latest": ask_latest, "chain": ask_chain}
-SHORT_TASKS = {"sum": ask_sum, "reverse": ask_reverse}
+SHORT_TASKS = {"sum": ask_sum, "reverse": ask_reverse, "copy": ask_copy}
 
 
 def long_examples(seed, split, n, budget, questions, max_hops, count):
@@ -200,13 +207,16 @@ def mixture(short, long, long_share, size):
 
 def task_words():
     """The words of the tasks, read off a sample of them: what the tiny tokenizer keeps whole."""
-    sample = [*short_examples(0, "words", 500), *long_examples(0, "words", 200, 200, 6, MAX_HOPS, lambda text: len(text) // 4)]
-    texts = [text for examples in sample for e in examples for text in (prompt_messages(e)[0]["content"], e["response"])] + ["user\n", "assistant\n"]
+    def about(text):
+        return len(text) // 4
+    sample = [*short_examples(0, "words", 500), *long_examples(0, "words", 200, 200, 6, MAX_HOPS, about)]
+    texts = [text for examples in sample for e in examples for text in (prompt_messages(e)[0]["content"], e["response"])]
+    texts += ["user\n", "assistant\n"]
     return sorted({piece for text in texts for piece in regex.findall(QWEN_PATTERN, text) if len(piece) > 1})
 
 
-MAX_HOPS = 8     # links of the longest question
-BASE_LEN = 64    # prompt tokens of the documents in the base model's training: the short world it comes from
+MAX_HOPS = 8          # links of the longest question
+BASE_LENS = 64, 96    # prompt tokens of the documents in the base model's training: the short world it comes from
 
 
 def write_data(cfg, tokenizer):
@@ -230,19 +240,19 @@ def write_data(cfg, tokenizer):
     def documents(split, n, length, questions):
         return long_examples(cfg.seed, split, n, length - frame, questions, MAX_HOPS, count)
 
-    def mixed(split, n, questions):
-        """10/90 by tokens, for n documents; every other one at half the length."""
-        pairs = zip(documents(split, n // 2, cfg.train_len, questions),
-                    documents(split, n // 2, max(cfg.train_len // 2, BASE_LEN), questions))
-        return mixture(short_examples(cfg.seed, split, 10**6), (d for pair in pairs for d in pair), cfg.long_share, size)
+    def mixed(split, n, lengths, questions, long_share):
+        """Short examples and n documents of the lengths in turn, by shares of tokens."""
+        rounds = zip(*(documents(split, n // len(lengths), length, questions) for length in lengths))
+        return mixture(short_examples(cfg.seed, split, 10**6), (d for r in rounds for d in r), long_share, size)
 
     def test():
         yield from short_examples(cfg.seed, "test", cfg.test_n * len(SHORT_TASKS))
         for length in (cfg.train_len // 2, cfg.train_len, cfg.test_len):
             yield from documents("test", cfg.test_n, length, len(LONG_TASKS))
 
-    splits = dict(base=mixture(short_examples(cfg.seed, "base", 10**6), documents("base", 3000, BASE_LEN, 8), 0.8, size),
-                  sft=mixed("sft", 1500, 8), rl=mixed("rl", 1000, 1), test=test())
+    lengths = (cfg.train_len // 2, cfg.train_len)
+    splits = dict(base=mixed("base", 5000, BASE_LENS, 8, 0.7), sft=mixed("sft", 1500, lengths, 8, cfg.long_share),
+                  rl=mixed("rl", 1000, lengths, 1, cfg.long_share), test=test())
     paths = {}
     os.makedirs(os.path.join(cfg.out, "data"), exist_ok=True)
     for name, lists in splits.items():
@@ -282,10 +292,25 @@ def table(results):
 def main(cfg):
     if cfg.until not in ("", "data", "base", "teacher", "sft"):
         raise UserError(f"--until {cfg.until}: choose one of data, base, teacher, sft, or leave it out for the whole recipe")
-    if cfg.train_len < 2 * BASE_LEN or cfg.test_len <= cfg.train_len:
-        raise UserError(f"--train-len {cfg.train_len} must be at least {2 * BASE_LEN}, --test-len {cfg.test_len} longer than that")
+    if cfg.train_len < 2 * BASE_LENS[0] or cfg.test_len <= cfg.train_len:
+        raise UserError(f"--train-len {cfg.train_len} must be at least {2 * BASE_LENS[0]}, --test-len {cfg.test_len} longer")
     if bool(cfg.student) != bool(cfg.teacher):
         raise UserError("give both --student and --teacher, or neither: the tiny ones share a tokenizer of their own")
+    # mistakes show now, not after the cold start
+    rl = dict(batch=cfg.batch, group=cfg.group, max_new=cfg.max_new, micro=cfg.micro)
+    grpo.check(grpo.Config(**rl, beta=cfg.beta))
+    opd.check(opd.Config(**rl))
+    check_flags(cfg, ["test_n"])
+    if cfg.train_len + cfg.group * cfg.max_new > cfg.micro:
+        raise UserError(f"--micro {cfg.micro}: a prompt with its {cfg.group} completions can take "
+                        f"{cfg.train_len + cfg.group * cfg.max_new} tokens")
+    if not 0 <= cfg.long_share <= 1:
+        raise UserError(f"--long-share {cfg.long_share}: a share lies between 0 and 1")
+    if cfg.student:
+        tokenizer = Tokenizer.from_dir(cfg.student)
+        if not tokenizer.same_encoding(Tokenizer.from_dir(cfg.teacher)):
+            raise UserError(f"the teacher {cfg.teacher} encodes text otherwise than the student {cfg.student}: choose "
+                            "one of the same family")
     log, device, began = start_run(cfg, "recipe"), pick_device(), time.time()
 
     def at(name):
@@ -296,8 +321,6 @@ def main(cfg):
         rows = -(-tokenizer.n_vocab // 64) * 64
         for i, preset in enumerate(("tiny-student", "tiny-teacher")):
             save(at(preset), new_model(ModelConfig(vocab_size=rows, **PRESETS[preset]), cfg.seed + i), tokenizer)
-    else:
-        tokenizer = load(cfg.student)[1]
     data = write_data(cfg, tokenizer)
     ctx = cfg.test_len + cfg.max_new
     common = dict(ctx=ctx, seed=cfg.seed, micro=cfg.micro)
@@ -307,8 +330,8 @@ def main(cfg):
         return at(name)
 
     def reinforce(stage, name, model, **options):
-        stage.main(stage.Config(model=model, data=data["rl"], out=at(name), steps=cfg.rl_steps, lr=cfg.rl_lr, batch=cfg.batch,
-                                group=cfg.group, max_new=cfg.max_new, **common, **options))
+        stage.main(stage.Config(model=model, data=data["rl"], out=at(name), steps=cfg.rl_steps, lr=cfg.rl_lr,
+                                batch=cfg.batch, group=cfg.group, max_new=cfg.max_new, **common, **options))
         return at(name)
 
     # the models that the paper takes as given: a base that is good at short texts, and a better, larger teacher
@@ -316,14 +339,14 @@ def main(cfg):
     stages = ["data", "base", "teacher", "sft"]
     last = stages.index(cfg.until) if cfg.until else len(stages)
     if last >= 1 and not cfg.student:
-        base = fine_tune("base", at("tiny-student"), data["base"], cfg.base_steps, 3e-3, schedule="cosine", warmup=20, batch=12)
+        base = fine_tune("base", at("tiny-student"), data["base"], cfg.base_steps, 3e-3, schedule="cosine", batch=32)
     if last >= 2 and not cfg.teacher:
-        teacher = fine_tune("teacher-short", at("tiny-teacher"), data["base"], cfg.base_steps * 2 // 3, 2e-3, warmup=20, batch=12)
-        teacher = fine_tune("teacher", teacher, data["sft"], cfg.teacher_steps, 2e-3, schedule="cosine", batch=10)
+        teacher = fine_tune("teacher-short", at("tiny-teacher"), data["base"], cfg.base_steps * 2 // 3, 2e-3, batch=32)
+        teacher = fine_tune("teacher", teacher, data["sft"], cfg.teacher_steps, 2e-3, schedule="cosine", batch=12)
 
     # the recipe, and what it is compared with; every arm has the same rollouts and steps
     if last >= 3:
-        start = fine_tune("sft", base, data["sft"], cfg.sft_steps, cfg.sft_lr, batch=8)
+        start = fine_tune("sft", base, data["sft"], cfg.sft_steps, cfg.sft_lr, batch=12)
     if last < len(stages):
         print(f"stopped after {cfg.until}, as --until says")
         return
@@ -340,7 +363,8 @@ def main(cfg):
         seconds = time.time() - began_arm
         model, tokenizer = load(path, device=device)
         rows = evaluate(model, tokenizer, test, ctx, cfg.max_new, seed=cfg.seed, progress=f"{'test':8} {arm}")
-        results.append(dict(arm=arm, seed=cfg.seed, **summary(rows), n=len(test), steps=cfg.rl_steps, seconds=seconds, scores=rows))
+        results.append(dict(arm=arm, seed=cfg.seed, **summary(rows), n=len(test), steps=cfg.rl_steps, seconds=seconds,
+                            scores=rows))
         log(results[-1])
     with open(at("results.jsonl"), "w", encoding="utf-8") as f:
         f.writelines(json.dumps(r) + "\n" for r in results)

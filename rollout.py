@@ -31,9 +31,9 @@ def read_examples(path, response_field=None):
     response_field: the column that must hold a demonstration. Every fault is a UserError with file and line number."""
     examples = []
     try:
-        file = open(path, encoding="utf-8")
+        file = open(path, "rb")  # json decodes, so that a line that is not UTF-8 is named like any other
     except OSError as error:
-        raise UserError(f"cannot read the data file {path}: {error.strerror}; `python recipe.py --only data` makes "
+        raise UserError(f"cannot read the data file {path}: {error.strerror}; `python recipe.py --until data` makes "
                         "the laptop's files") from None
     with file:
         for number, line in enumerate(file, 1):
@@ -48,13 +48,17 @@ def read_examples(path, response_field=None):
                 raise UserError(f"{where}: expected an object with question and answer, found {type(example).__name__}")
             if "messages" not in example and not (isinstance(example.get("question"), str) and example["question"].strip()):
                 raise UserError(f"{where}: no question (a text), and no messages")
+            if not is_conversation(example.get("messages", [dict(role="user", content="")])):
+                raise UserError(f"{where}: messages must be a list of role and content that begins with a user or system "
+                                "turn")
             if not isinstance(example.get("document", ""), str):
                 raise UserError(f"{where}: document must be a text, found {type(example['document']).__name__}")
             if response_field is None:
                 answers = example.get("answer")
                 answers = answers if isinstance(answers, list) else [answers]
-                if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
-                    raise UserError(f"{where}: answer must be a text or a list of texts, found {example.get('answer')!r:.80}")
+                if not answers or not all(isinstance(a, str) and normalise(a) for a in answers):
+                    raise UserError(f"{where}: answer must be a text or a list of texts, found "
+                                    f"{example.get('answer')!r:.80}")
                 if example.get("reward", "exact") not in REWARDS:
                     raise UserError(f"{where}: unknown reward {example['reward']!r}; there are: {', '.join(REWARDS)}")
             elif not isinstance(demonstration(example, response_field), str):
@@ -63,6 +67,13 @@ def read_examples(path, response_field=None):
     if not examples:
         raise UserError(f"{path} holds no example")
     return examples
+
+
+def is_conversation(messages):
+    return (isinstance(messages, list) and bool(messages)
+            and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages)
+            and all(m.get("role") in ("system", "user", "assistant") for m in messages)
+            and messages[0]["role"] != "assistant")
 
 
 def prompt_messages(example):
@@ -117,7 +128,8 @@ class Cache:
     def __init__(self, config, lengths, dtype, device):
         """lengths: tokens of each of the U prompts."""
         self.lengths = torch.tensor(lengths, device=device)
-        layers, shape = range(config.num_hidden_layers), (len(lengths), config.num_key_value_heads, max(lengths), config.head_dim)
+        layers = range(config.num_hidden_layers)
+        shape = len(lengths), config.num_key_value_heads, max(lengths), config.head_dim
         self.prompt_k = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]  # zeros: 0 * NaN would be NaN
         self.prompt_v = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.own_k, self.own_v = [], []
@@ -161,9 +173,9 @@ class Cache:
         out, at = [], 0
         for u, start, end in self.segments:
             here = slice(at, at + end - start)
-            self.prompt_k[layer][u, :, start:end], self.prompt_v[layer][u, :, start:end] = k[here].transpose(0, 1), v[here].transpose(0, 1)
-            keys, values = self.prompt_k[layer][u, :, :end].transpose(0, 1), self.prompt_v[layer][u, :, :end].transpose(0, 1)
-            out.append(causal_attention(q[None, here], keys[None], values[None])[0])
+            all_k, all_v = self.prompt_k[layer][u].transpose(0, 1), self.prompt_v[layer][u].transpose(0, 1)   # [P, K, C]
+            all_k[start:end], all_v[start:end] = k[here], v[here]
+            out.append(causal_attention(q[None, here], all_k[None, :end], all_v[None, :end])[0])
             at += end - start
         return torch.cat(out)
 
@@ -210,7 +222,8 @@ def prefill(model, cache, prompts, chunk):
 
 
 def stream(tokens, positions, device):
-    return SimpleNamespace(tokens=torch.as_tensor(tokens, device=device), positions=torch.as_tensor(positions, device=device))
+    return SimpleNamespace(tokens=torch.as_tensor(tokens, device=device),
+                           positions=torch.as_tensor(positions, device=device))
 
 
 def pick(logits, noise, temperature, top_p=1.0, top_k=0, min_p=0.0):
@@ -237,12 +250,13 @@ def generate(model, prompts, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0
 
     prompts are lists of token ids. temperature 0 is greedy. presence_penalty is subtracted from the logits of tokens that
     the completion already holds. seed is a number or several. The noise of a completion depends on (seed, index of its
-    prompt, its own index) alone, so neighbours, order and waves do not change it. chunk bounds the tokens of one prefill pass; prompts are served in
-    waves of similar length of at most kv_tokens stored positions (one prompt at least). on_done(prompt, i, Completion)
-    is called as completions finish. Raises UserError for an empty prompt or n < 1."""
-    if n < 1 or max_new_tokens < 0 or temperature < 0 or not 0 < top_p <= 1:
-        raise UserError(f"generate needs n >= 1, max_new_tokens >= 0, temperature >= 0 and 0 < top_p <= 1, found n={n}, "
-                        f"max_new_tokens={max_new_tokens}, temperature={temperature}, top_p={top_p}")
+    prompt, its own index) alone, so neighbours, order and waves do not change it. chunk bounds the tokens of one prefill
+    pass; prompts are served in waves of similar length of at most kv_tokens stored positions (one prompt at least).
+    on_done(prompt, i, Completion) is called as completions finish. Raises UserError for an empty prompt or n < 1."""
+    if n < 1 or max_new_tokens < 0 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
+        raise UserError("sampling needs n >= 1, max_new_tokens >= 0, temperature >= 0, top_k >= 0, 0 < top_p <= 1 and "
+                        f"0 <= min_p <= 1, found n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, "
+                        f"top_k={top_k}, top_p={top_p}, min_p={min_p}")
     if not all(len(prompt) for prompt in prompts):
         raise UserError(f"prompt {[len(p) for p in prompts].index(0)} is empty: it needs at least one token")
     if max_new_tokens == 0:
@@ -273,10 +287,10 @@ def sample_wave(model, prompts, n, max_new_tokens, noise, sampling, presence_pen
     """Prefill and decode one wave; finish(index, tokens, logps, finished) is called once for each of its completions."""
     device, temperature = model.device, sampling["temperature"]
     head, V = model.head_weight, model.n_vocab
-    cache = Cache(model.config, [len(p) for p in prompts], model.compute_dtype or head.dtype, device)
+    cache = Cache(model.config, [len(p) for p in prompts], head.dtype, device)
 
     def logits_of(hidden):  # [.., D] -> [.., V] in fp32; rows of the head beyond the tokenizer's ids are never sampled
-        return F.linear(hidden, head[:V].to(hidden.dtype)).float()
+        return F.linear(hidden, head[:V]).float()
 
     logits = logits_of(prefill(model, cache, prompts, chunk)).repeat_interleave(n, 0)          # [U*n, V]
     cache.start(n)
@@ -437,7 +451,8 @@ def main(cfg):
         text = read_text(cfg.context_file) + "\n\n" + text
     device = pick_device()
     model, tokenizer = load(cfg.model, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
-    ids = tokenizer.chat([dict(role="user", content=text)], cfg.think) if cfg.chat else tokenizer.bos + tokenizer.encode(text)
+    chat = [dict(role="user", content=text)]
+    ids = tokenizer.chat(chat, cfg.think) if cfg.chat else tokenizer.bos + tokenizer.encode(text)
 
     def show(_, i, completion):
         end = "" if completion.finished else f"\n[cut off at {cfg.max_new} tokens, see --max-new]"
@@ -447,7 +462,8 @@ def main(cfg):
     completions = generate(model, [ids], cfg.n, cfg.max_new, cfg.temperature, cfg.top_p, cfg.top_k, cfg.min_p,
                            cfg.presence_penalty, tokenizer.stop_ids, cfg.seed, on_done=show)[0]
     seconds, count = time.time() - start, sum(len(c.tokens) for c in completions)
-    print(f"--- {len(ids)} prompt tokens, {count} new tokens in {seconds:.1f} s: {count / seconds:.1f} new tokens/s", file=sys.stderr)
+    print(f"--- {len(ids)} prompt tokens, {count} new tokens in {seconds:.1f} s: {count / seconds:.1f} new tokens/s",
+          file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ What differs from the usual script:
   2. Consecutive examples on one document share its tokens: eight questions on a book cost one pass over the book.
   3. Only completion tokens meet the head; logits of a long prompt would be its largest tensor, and are of no use.
 
-    python sft.py                              the laptop's cold start; `python recipe.py --only data` makes its files
+    python sft.py                              the laptop's cold start; `python recipe.py --until data` makes its files
     python sft.py --model DIR --data chat.jsonl --out out/mine
 """
 import math, os, time
@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from kernels import token_loss
-from model import Pack, UserError, adamw, load_student, lr_at, pick_device, run, save, split_by_size, start_run
+from model import Pack, UserError, adamw, check_flags, load_student, lr_at, pick_device, run, save, split_by_size, start_run
 from rollout import data_order, demonstration, prompt_ids, read_examples
 
 
@@ -70,6 +70,7 @@ def shared_document(examples):
 
 
 def main(cfg):
+    check_flags(cfg, ["batch", "micro"], schedule=("constant", "cosine"))
     device = pick_device()
     model, tokenizer = load_student(cfg.model, device)
     runs = load_demonstrations(cfg, tokenizer)
