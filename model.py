@@ -665,6 +665,8 @@ def load(path, dtype=torch.float32, device="cpu"):
     tensor goes from the file straight to its place, so the peak is the model and one shard.
 
     Raises UserError for anything missing, extra, of the wrong shape or unsupported."""
+    if not os.path.isdir(path):
+        raise UserError(f"{path} is not a directory with a checkpoint (config.json, tokenizer.json, *.safetensors)")
     config, tokenizer = Config.from_dir(path), Tokenizer.from_dir(path)
     if tokenizer.n_vocab > config.vocab_size:
         raise UserError(f"{path}: the tokenizer's ids go up to {tokenizer.n_vocab - 1}, the embedding has only "

@@ -19,7 +19,7 @@ tiny models and Qwen3. A document is a shuffled pile of pairs ("Ada Bob.") and i
     python recipe.py --until sft                                   only what `python grpo.py` and `python opd.py` start from
     python recipe.py --student DIR --teacher DIR --train-len 8192  with checkpoints of your own
 """
-import dataclasses, json, math, os, time
+import json, math, os, time
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +30,7 @@ import grpo, opd, sft
 from model import (PRESETS, QWEN_PATTERN, Tokenizer, UserError, check_flags, load, new_model, pick_device, run, save,
                    start_run, tiny_tokenizer)
 from model import Config as ModelConfig
-from rollout import evaluate, mean_and_error, prompt_messages, read_examples
+from rollout import evaluate, prompt_messages, read_examples
 
 
 @dataclass
@@ -44,9 +44,9 @@ class Config:
     test_len: int = 512             # a length that no stage trains on, for the table
     long_share: float = 0.9         # share of long examples in the mixture, by tokens
     base_steps: int = 600           # training of the tiny student on short texts
-    teacher_steps: int = 250        # training of the tiny teacher on all of it
-    sft_steps: int = 60             # cold start
-    rl_steps: int = 60              # rollouts of GRPO, OPD and dGRPO
+    teacher_steps: int = 150        # training of the tiny teacher on all of it
+    sft_steps: int = 40             # cold start
+    rl_steps: int = 80              # rollouts of GRPO, OPD and dGRPO
     batch: int = 8                  # prompts per rollout
     group: int = 8                  # completions per prompt
     max_new: int = 128              # tokens of a completion at most
@@ -137,8 +137,8 @@ def thought(path, end=None):
 
 
 def ask_sum(rng):
-    """Add three digits from left to right."""
-    a, b, c = (int(x) for x in rng.integers(1, 10, 3))
+    """Add three small numbers from left to right."""
+    a, b, c = (int(x) for x in rng.integers(1, 6, 3))
     return (f"What is {a} + {b} + {c}?", str(a + b + c), "exact",
             f"<think>\n{a} + {b} = {a + b}\n{a + b} + {c} = {a + b + c}\n</think>\n\nAnswer: {a + b + c}")
 
@@ -250,9 +250,11 @@ def write_data(cfg, tokenizer):
         for length in (cfg.train_len // 2, cfg.train_len, cfg.test_len):
             yield from documents("test", cfg.test_n, length, len(LONG_TASKS))
 
-    lengths = (cfg.train_len // 2, cfg.train_len)
-    splits = dict(base=mixed("base", 5000, BASE_LENS, 8, 0.7), sft=mixed("sft", 1500, lengths, 8, cfg.long_share),
-                  rl=mixed("rl", 1000, lengths, 1, cfg.long_share), test=test())
+    lengths = cfg.train_len // 2, cfg.train_len
+    splits = dict(sft=mixed("sft", 1500, lengths, 8, cfg.long_share), rl=mixed("rl", 1000, lengths, 1, cfg.long_share),
+                  test=test())
+    if not cfg.student:
+        splits["base"] = mixed("base", 5000, BASE_LENS, 8, 0.7)
     paths = {}
     os.makedirs(os.path.join(cfg.out, "data"), exist_ok=True)
     for name, lists in splits.items():
@@ -341,8 +343,8 @@ def main(cfg):
     if last >= 1 and not cfg.student:
         base = fine_tune("base", at("tiny-student"), data["base"], cfg.base_steps, 3e-3, schedule="cosine", batch=32)
     if last >= 2 and not cfg.teacher:
-        teacher = fine_tune("teacher-short", at("tiny-teacher"), data["base"], cfg.base_steps * 2 // 3, 2e-3, batch=32)
-        teacher = fine_tune("teacher", teacher, data["sft"], cfg.teacher_steps, 2e-3, schedule="cosine", batch=12)
+        teacher = fine_tune("teacher-short", at("tiny-teacher"), data["base"], cfg.base_steps, 3e-3, schedule="cosine", batch=32)
+        teacher = fine_tune("teacher", teacher, data["sft"], cfg.teacher_steps, 1.5e-3, schedule="cosine", batch=12)
 
     # the recipe, and what it is compared with; every arm has the same rollouts and steps
     if last >= 3:

@@ -11,7 +11,7 @@ G x heads rows instead of G x heads separate vectors:
     python rollout.py --model out/sft --prompt "Who follows Ada?"          print completions as they finish
     python rollout.py --model DIR --context-file book.txt --prompt "..."   a long document in front of the prompt
 """
-import json, math, re, sys, time
+import json, math, sys, time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import Pack, UserError, causal_attention, load, pick_device, run
+from model import UserError, causal_attention, load, pick_device, run
 
 # ----------------------------------------------------------------------------------------------------------------- examples
 

