@@ -366,9 +366,8 @@ class Config:
 PRESETS = {
     "tiny-student": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
                          num_key_value_heads=4, head_dim=32, rope_theta=1e3),
-    "tiny-teacher": dict(hidden_size=160, intermediate_size=448, num_hidden_layers=3, num_attention_heads=5,
-                         num_key_value_heads=5, head_dim=32, rope_theta=1e3),
 }
+PRESETS["tiny-teacher"] = PRESETS["tiny-student"] | dict(num_hidden_layers=3)
 
 
 # ------------------------------------------------------------------------------------------------------------ packed streams

@@ -1,8 +1,8 @@
 """
 The recipe: data, a base model and a teacher, then every arm of the comparison, and one table.
 
-    data ->  base  ->  SFT cold start  ->  GRPO  |  OPD  |  dGRPO          (and dGRPO without the cold start)
-             teacher, trained longer on the same tasks ------^
+    data ->  base  ->  SFT cold start  ->  GRPO  |  OPD  |  dGRPO        (and dGRPO without the cold start)
+             teacher: larger, trained longer -------^-------^
 
 Both stages see a mixture of 10 % short and 90 % long examples by tokens (paper, section 3.3), so that long-context
 reasoning rises and the short-context skill stays.
@@ -10,10 +10,11 @@ reasoning rises and the short-context skill stays.
 The laptop run trains everything from scratch on tasks generated here. They are plain text: the same generator serves the
 tiny models and Qwen3. A document is a shuffled pile of pairs ("Ada Bob.") and idle sentences; a question needs several:
 
-    hops     follow h links through the pairs                     "Start at Ada and take three steps. Who is it?"
-    latest   where a thing is that was moved about, or none        "Where is the coin now?"
-    chain    write out the links one after the other              "List the next four after Ada."
-    sum, reverse   short tasks of another kind, without a document: what they lose is what was forgotten
+    hops      follow h links through the pairs                     "Start at Ada and take three steps. Who is it?"
+    latest    where a thing is that was moved about, or none       "Where is the coin now?"
+    chain     write out the links one after the other              "List the next four after Ada."
+
+Three short tasks without a document (sum, reverse, copy) stand for the skills that must not be forgotten.
 
     python recipe.py                                               the laptop: 2 cores, about 8 minutes
     python recipe.py --until sft                                   only what `python grpo.py` and `python opd.py` start from
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import regex
+import torch
 from tqdm import tqdm
 
 import grpo, opd, sft
@@ -43,9 +45,9 @@ class Config:
     train_len: int = 256            # prompt tokens of the long training examples
     test_len: int = 512             # a length that no stage trains on, for the table
     long_share: float = 0.9         # share of long examples in the mixture, by tokens
-    base_steps: int = 600           # training of the tiny student on short texts
-    teacher_steps: int = 150        # training of the tiny teacher on all of it
-    sft_steps: int = 40             # cold start
+    base_steps: int = 800           # training of the tiny student on short texts
+    teacher_steps: int = 250        # training of the tiny teacher, which starts from the base, on the mixture
+    sft_steps: int = 60             # cold start
     rl_steps: int = 80              # rollouts of GRPO, OPD and dGRPO
     batch: int = 8                  # prompts per rollout
     group: int = 8                  # completions per prompt
@@ -137,8 +139,8 @@ def thought(path, end=None):
 
 
 def ask_sum(rng):
-    """Add three small numbers from left to right."""
-    a, b, c = (int(x) for x in rng.integers(1, 6, 3))
+    """Add three digits from left to right."""
+    a, b, c = (int(x) for x in rng.integers(1, 10, 3))
     return (f"What is {a} + {b} + {c}?", str(a + b + c), "exact",
             f"<think>\n{a} + {b} = {a + b}\n{a + b} + {c} = {a + b + c}\n</think>\n\nAnswer: {a + b + c}")
 
@@ -154,7 +156,7 @@ def ask_reverse(rng):
 def ask_copy(rng):
     """A list of words, once more: the plainest use of a context, and what the look-ups of the long tasks grow from."""
     words = [*NAMES, *THINGS, *PLACES]
-    text = " ".join(words[i] for i in rng.permutation(len(words))[:rng.integers(4, 13)])
+    text = " ".join(words[i] for i in rng.permutation(len(words))[:rng.integers(5, 21)])
     return f"Write this again: {text}", text, "exact", f"<think>\n</think>\n\nAnswer: {text}"
 
 
@@ -291,6 +293,18 @@ def table(results):
 
 # ---------------------------------------------------------------------------------------------------------------------- main
 
+def deepen(path, out, seed):
+    """Make the tiny teacher out of the base model: one more layer, which at first adds nothing to the residual stream. It
+    knows at once what the base knows, which spares its own, longer, training on short texts."""
+    base, tokenizer = load(path)
+    teacher = new_model(ModelConfig(vocab_size=base.config.vocab_size, **PRESETS["tiny-teacher"]), seed)
+    teacher.load_state_dict(base.state_dict(), strict=False)
+    for layer in teacher.layers[len(base.layers):]:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    save(out, teacher, tokenizer)
+
+
 def main(cfg):
     if cfg.until not in ("", "data", "base", "teacher", "sft"):
         raise UserError(f"--until {cfg.until}: choose one of data, base, teacher, sft, or leave it out for the whole recipe")
@@ -321,8 +335,7 @@ def main(cfg):
     if not cfg.student:
         tokenizer = tiny_tokenizer(task_words())
         rows = -(-tokenizer.n_vocab // 64) * 64
-        for i, preset in enumerate(("tiny-student", "tiny-teacher")):
-            save(at(preset), new_model(ModelConfig(vocab_size=rows, **PRESETS[preset]), cfg.seed + i), tokenizer)
+        save(at("init"), new_model(ModelConfig(vocab_size=rows, **PRESETS["tiny-student"]), cfg.seed), tokenizer)
     data = write_data(cfg, tokenizer)
     ctx = cfg.test_len + cfg.max_new
     common = dict(ctx=ctx, seed=cfg.seed, micro=cfg.micro)
@@ -341,14 +354,15 @@ def main(cfg):
     stages = ["data", "base", "teacher", "sft"]
     last = stages.index(cfg.until) if cfg.until else len(stages)
     if last >= 1 and not cfg.student:
-        base = fine_tune("base", at("tiny-student"), data["base"], cfg.base_steps, 3e-3, schedule="cosine", batch=32)
+        base = fine_tune("base", at("init"), data["base"], cfg.base_steps, 3e-3, schedule="cosine", warmup=20,
+                         batch=32)
     if last >= 2 and not cfg.teacher:
-        teacher = fine_tune("teacher-short", at("tiny-teacher"), data["base"], cfg.base_steps, 3e-3, schedule="cosine", batch=32)
-        teacher = fine_tune("teacher", teacher, data["sft"], cfg.teacher_steps, 1.5e-3, schedule="cosine", batch=12)
+        deepen(base, at("init-teacher"), cfg.seed)
+        teacher = fine_tune("teacher", at("init-teacher"), data["sft"], cfg.teacher_steps, 1e-3)
 
     # the recipe, and what it is compared with; every arm has the same rollouts and steps
     if last >= 3:
-        start = fine_tune("sft", base, data["sft"], cfg.sft_steps, cfg.sft_lr, batch=12)
+        start = fine_tune("sft", base, data["sft"], cfg.sft_steps, cfg.sft_lr)
     if last < len(stages):
         print(f"stopped after {cfg.until}, as --until says")
         return

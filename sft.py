@@ -31,9 +31,9 @@ class Config:
     response_field: str = "response"    # the field that holds the demonstration
     out: str = "out/sft"                # where the checkpoint and metrics.jsonl go
     ctx: int = 640                      # tokens of prompt and completion at most
-    batch: int = 48                     # documents per step, each with all questions on it
+    batch: int = 12                     # documents per step, each with all questions on it
     micro: int = 8192                   # tokens of the largest stream; smaller needs less memory, same gradient
-    steps: int = 100                    # optimizer steps
+    steps: int = 60                     # optimizer steps
     lr: float = 1e-3                    # learning rate (paper: 1e-5)
     warmup: int = 10                    # steps of linear warm-up
     schedule: str = "constant"          # constant, or cosine down to a tenth

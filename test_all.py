@@ -36,10 +36,10 @@ TOKENIZER = tiny_tokenizer(recipe.task_words())
 
 # ----------------------------------------------------------------------------------------------------------------- helpers
 
-def tiny_model(seed=0, vocab=12, hidden=32, layers=2, kv_heads=2):
-    """A random decoder in which every matrix speaks (new_model silences some) and whose logits are well spread."""
+def tiny_model(seed=0, vocab=12, hidden=32):
+    """A random decoder in which every matrix speaks (new_model silences some), its logits well spread."""
     config = model.Config(vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden, head_dim=8,
-                          num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=kv_heads, rope_theta=1e4)
+                          num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rope_theta=1e4)
     student, generator = model.Transformer(config), torch.Generator().manual_seed(seed)
     for matrix in (p for p in student.parameters() if p.dim() == 2):
         torch.nn.init.normal_(matrix, std=matrix.shape[1] ** -0.5, generator=generator)
@@ -101,7 +101,7 @@ def test_imports_go_one_way(name):
 @pytest.mark.parametrize("name", ORDER)
 def test_only_the_six_packages_are_needed(name):
     packages = {"torch", "numpy", "tiktoken", "safetensors", "triton", "tqdm"}
-    optional = {"matplotlib", "regex"}                      # figures; a part of tiktoken; a rival in the benchmark
+    optional = {"matplotlib", "liger_kernel", "regex"}      # figures; a benchmark; what tiktoken needs itself
     assert imported(name) - set(ORDER) - set(sys.stdlib_module_names) <= packages | optional | ({"liger_kernel"} if name == "kernels" else set())
 
 
@@ -843,11 +843,14 @@ def test_bytes_without_a_token_vanish_as_in_the_tokenizers_library():
 
 def test_gpt2_pre_tokenizer_and_two_spellings_of_merges():
     vocab, merges = train([model.__doc__] * 9, 500, list(byte_alphabet().values()), model.GPT2_PATTERN)
+    vocab["<eot>"] = len(vocab)  # GPT-2's file lists its special token with the ordinary ones too
     level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
     for spelling in (merges, [" ".join(m) for m in merges]):
-        ours, theirs = both(tokenizer_json(vocab, spelling, [], pre_tokenizer=level))
-        for text in [model.__doc__, *random_texts(300)]:
-            assert ours.encode(text) == theirs.encode(text).ids
+        spec = tokenizer_json(vocab, spelling, ["<eot>"], pre_tokenizer=level)
+        spec["added_tokens"][0]["id"] = vocab["<eot>"]
+        ours, theirs = both(spec)
+        for text in [model.__doc__, "a<eot>b", *random_texts(300)]:
+            assert ours.encode(text, allowed=ours.special) == theirs.encode(text).ids
 
 
 @pytest.mark.parametrize("change, message", [
@@ -869,6 +872,7 @@ def test_gpt2_pre_tokenizer_and_two_spellings_of_merges():
     (lambda spec: spec["pre_tokenizer"]["pretokenizers"][0].update(behavior="MergedWithNext"), "MergedWithNext"),
     (lambda spec: spec["pre_tokenizer"]["pretokenizers"][0].update(invert=True), "invert"),
     (lambda spec: spec["pre_tokenizer"]["pretokenizers"].insert(0, dict(type="Digits")), "Digits"),
+    (lambda spec: spec["pre_tokenizer"]["pretokenizers"].insert(0, spec["pre_tokenizer"]["pretokenizers"][0]), "pre_tokenizer"),
     (lambda spec: spec["pre_tokenizer"]["pretokenizers"][0].update(pattern=dict(Regex=r"\p{L}+")), "pre_tokenizer"),
     (lambda spec: spec["added_tokens"][0].update(lstrip=True), "'<eot>' with lstrip"),
 ])
@@ -918,6 +922,8 @@ FAMILIES = {
                        ("user", CHAT[2]["content"]))),
     "qwen3": (LOOP + "{{ m.content.split('</think>')[-1] }}{% if enable_thinking is false %}",
               chatml(("user", " one\n"), ("assistant", "two"), ("user", CHAT[2]["content"]))),
+    "qwen3-thinking": (LOOP + "{{ '<|im_start|>assistant\\n<think>\\n' }}",
+                       chatml(("user", " one\n"), ("assistant", CHAT[1]["content"]), ("user", CHAT[2]["content"])) + "<think>\n"),
     "llama3": (HEADERS, llama3(("user", "one"), ("assistant", CHAT[1]["content"]), ("user", CHAT[2]["content"]))),
     "llama3.1": (HEADERS + "Cutting Knowledge Date", llama3(
         ("system", "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"),
@@ -1093,7 +1099,7 @@ def slow_distribution(logits, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0):
 
 
 def slow_generate(student, prompt, steps, seed, i, j, penalty=0.0, stop_ids=(), **cuts):
-    """Completion j of prompt i: a forward pass per token, and the token at a point of the summed distribution."""
+    """Completion j of prompt i: a forward pass per token, the token at a point of the summed distribution."""
     tokens = []
     for u in np.random.default_rng([seed, i, j]).random(steps, dtype=np.float32):
         logits = student.logits(prompt + tokens)[-1].tolist()
@@ -1128,10 +1134,11 @@ def test_sampling_equals_the_slow_sampler_token_by_token(cuts):
 
 def test_the_presence_penalty_is_taken_from_tokens_already_written():
     student, prompts = tiny_model(), three_prompts()
-    found = tokens_of(generate(student, prompts, 2, 8, seed=5, presence_penalty=1.5))
-    assert found == [[slow_generate(student, p, 8, 5, i, j, penalty=1.5) for j in range(2)]
+    options = dict(seed=5, stop_ids=(3, 7))         # some stop early; what the others wrote stays theirs
+    found = tokens_of(generate(student, prompts, 4, 9, presence_penalty=1.5, **options))
+    assert found == [[slow_generate(student, p, 9, 5, i, j, 1.5, (3, 7)) for j in range(4)]
                      for i, p in enumerate(prompts)]
-    assert found != tokens_of(generate(student, prompts, 2, 8, seed=5))
+    assert found != tokens_of(generate(student, prompts, 4, 9, **options))
     greedy = tokens_of(generate(student, prompts, 1, 12, temperature=0, presence_penalty=1e6))
     assert all(sorted(c) == list(range(12)) for group in greedy for c in group)     # every token once
 
@@ -1139,7 +1146,7 @@ def test_the_presence_penalty_is_taken_from_tokens_already_written():
 @pytest.mark.parametrize("cuts", [dict(), *CUTS], ids=str)
 def test_every_token_is_drawn_as_often_as_its_probability_says(cuts):
     logits, M = tiny_model().logits([1, 2, 3])[-1].detach(), 20000
-    noise = (torch.arange(M) + 0.5) / M                     # an even grid, not chance: counts are exact to one
+    noise = (torch.arange(M) + 0.5) / M             # an even grid, not chance: counts are exact to one
     drawn = rollout.pick(logits.expand(M, -1), noise, **dict(temperature=1.0) | cuts).bincount(minlength=12)
     wanted = torch.tensor(slow_distribution(logits.tolist(), **cuts)) * M
     assert (drawn - wanted).abs().max() <= 1 and ((drawn == 0) == (wanted == 0)).all()
@@ -1211,7 +1218,7 @@ def test_noise_depends_on_seed_prompt_index_and_completion_index_alone():
 
     whole = sample()
     assert len({tuple(c) for group in whole for c in group}) == 9 and whole != sample(seed=(4, 3))
-    assert whole == sample(kv_tokens=1) == sample(chunk=3)                         # one prompt per wave; small chunks
+    assert whole == sample(kv_tokens=1) == sample(chunk=3)     # one prompt per wave; small chunks
     assert whole[:2] == sample(three_prompts()[:2])                                # fewer neighbours
     assert [group[:1] for group in whole] == sample(n=1)                           # fewer siblings
 
@@ -1228,19 +1235,19 @@ def watch(student):
     return sizes
 
 
-def test_finished_completions_leave_the_batch_and_change_nothing():
+@pytest.mark.parametrize("n, seed", [(8, 2), (2, 0), (1, 2), (1, 4)])
+def test_finished_completions_leave_the_batch_and_change_nothing(n, seed):
     student, prompts, stops = tiny_model(), three_prompts(), {0, 3, 7}
-    endless = generate(student, prompts, 8, 20, seed=2)
+    endless = sum(generate(student, prompts, n, 20, seed=seed), [])
     sizes = watch(student)
-    found = generate(student, prompts, 8, 20, seed=2, stop_ids=stops)
-    lengths = [len(c.tokens) for group in found for c in group]
-    for whole, cut in zip(sum(endless, []), sum(found, [])):
+    found = sum(generate(student, prompts, n, 20, seed=seed, stop_ids=stops), [])
+    for whole, cut in zip(endless, found):
         end = next((t + 1 for t, token in enumerate(whole.tokens) if token in stops), 20)
         assert cut.tokens == whole.tokens[:end] and cut.finished == (cut.tokens[-1] in stops)
         assert cut.logps == pytest.approx(whole.logps[:end], abs=1e-5)
-    decoded = sizes[1:]                                     # the first pass is the prefill
-    assert len(decoded) == max(lengths) - 1 and sum(decoded) < 0.6 * 24 * len(decoded)
-    assert all(size >= sum(n > t + 1 for n in lengths) for t, size in enumerate(decoded))
+    lengths, decoded = [len(c.tokens) for c in found], sizes[1:]               # the first pass is the prefill
+    assert len(decoded) == max(lengths) - 1 and sum(decoded) < 0.8 * 3 * n * len(decoded)
+    assert all(size >= sum(length > t + 1 for length in lengths) for t, size in enumerate(decoded))
 
 
 def test_a_prompt_is_computed_once_for_all_its_completions():
@@ -1260,7 +1267,7 @@ def test_several_stop_ids_end_a_completion_and_stay_its_last_token():
 def test_all_may_stop_at_the_first_token():
     student, calls = tiny_model(), []
     sizes = watch(student)
-    found = generate(student, three_prompts(), 2, 9, stop_ids=range(12), on_done=lambda *call: calls.append(call))
+    found = generate(student, three_prompts(), 2, 9, stop_ids=range(12), on_done=lambda *c: calls.append(c))
     assert all(len(c.tokens) == 1 and c.finished for group in found for c in group) and len(sizes) == 1
     assert sorted(call[:2] for call in calls) == list(itertools.product(range(3), range(2)))
     assert all(found[i][j] is c for i, j, c in calls)
@@ -1278,7 +1285,7 @@ def test_rows_beyond_the_tokenizers_ids_are_never_sampled():
 
 
 @pytest.mark.parametrize("options, named", [
-    (dict(n=0), "n=0"), (dict(temperature=-1.0), "temperature=-1.0"), (dict(max_new_tokens=-1), "max_new_tokens=-1"),
+    (dict(n=0), "n=0"), (dict(temperature=-1.0), "temperature=-1"), (dict(max_new_tokens=-1), "tokens=-1"),
     (dict(top_p=0.0), "top_p=0.0"), (dict(min_p=1.5), "min_p=1.5"), (dict(top_k=-1), "top_k=-1")], ids=str)
 def test_the_sampler_refuses_impossible_options(options, named):
     with pytest.raises(UserError, match=named):
@@ -1296,7 +1303,7 @@ def count_tokens(text):
     return len(TOKENIZER.encode(text))
 
 
-LONG = sum(recipe.long_examples(0, "test", 40, 200, 6, recipe.MAX_HOPS, count_tokens), [])     # six a document
+LONG = sum(recipe.long_examples(0, "test", 40, 200, 6, recipe.MAX_HOPS, count_tokens), [])   # 6 a document
 SHORT = sum(recipe.short_examples(0, "test", 40), [])
 
 
@@ -1305,7 +1312,7 @@ def test_gold_scores_one_and_empty_zero():
         gold = e["answer"] if isinstance(e["answer"], str) else ", ".join(e["answer"])
         for right in (f"<think>\nhm\n</think>\n\nAnswer: {gold}", f"Answer:  {gold.upper()}. \nBye."):
             assert score(e, right) == 1
-        for wrong in ("", "Answer:", "Answer: .", "<think>\n</think>\n\n", gold):      # an answer is announced
+        for wrong in ("", "Answer:", "Answer: .", "<think>\n</think>\n\n", gold):  # an answer is announced
             assert score(e, wrong) == 0
 
 
@@ -1325,7 +1332,7 @@ def test_the_last_announced_answer_counts():
     e = dict(answer=["Rome", "Roma"])
     assert score(e, "Answer: Oslo\nNo. Answer: roma!") == 1 and score(e, "Answer: Rome\nAnswer: Oslo") == 0
     assert score(e, "<think>Answer: Oslo</think> Answer: Rome") == 1
-    assert score(e, "<think>Answer: Rome</think>") == score(e, "Answer: Rome or Oslo") == 0     # nor for a substring
+    assert score(e, "<think>Answer: Rome</think>") == score(e, "Answer: Rome or Oslo") == 0
 
 
 def test_a_list_scores_by_the_order_it_keeps():
@@ -1341,8 +1348,8 @@ def test_evaluate_reports_mean_and_standard_error_per_family_and_length(monkeypa
     texts = iter(["Answer: a", "Answer: x", "Answer: a", "Answer: b", "Answer: b"])
     monkeypatch.setattr(rollout, "completion_text", lambda tokenizer, completion: next(texts))
     student = tiny_model(vocab=TOKENIZER.n_vocab)
-    examples = [dict(question="Ada", answer="a", kind="one")] * 3 + [dict(question="Ada", answer="b", kind="two"),
-                dict(question="Ada", answer="b", kind="two", document="Ada " * 60)]
+    one, two = dict(question="Ada", answer="a", kind="one"), dict(question="Ada", answer="b", kind="two")
+    examples = [one, one, one, two, dict(two, document="Ada " * 60)]
     rows = rollout.evaluate(student, TOKENIZER, examples, 256, 3)
     assert [(r["family"], r["length"], r["n"], r["mean"]) for r in rows] == [
         ("one", 16, 3, 2 / 3), ("two", 16, 1, 1.0), ("two", 128, 1, 1.0)]
@@ -1365,8 +1372,9 @@ def test_advantages_are_the_groups_standard_scores():
     rewards = [[1.0, 0.0, 0.0, 1.0], [0.2, 0.9, 0.4, 0.4]]
     centred = [[r - statistics.mean(group) for r in group] for group in rewards]
     scores = [[x / (statistics.stdev(group) + 1e-4) for x in row] for row, group in zip(centred, rewards)]
-    assert torch.allclose(grpo.advantages(torch.tensor(rewards)), torch.tensor(scores), atol=1e-6)
-    assert torch.allclose(grpo.advantages(torch.tensor(rewards), use_std=False), torch.tensor(centred), atol=1e-6)
+    rewards = torch.tensor(rewards)
+    assert torch.allclose(grpo.advantages(rewards), torch.tensor(scores), atol=1e-6)
+    assert torch.allclose(grpo.advantages(rewards, use_std=False), torch.tensor(centred), atol=1e-6)
 
 
 def test_a_group_of_equal_rewards_has_exactly_zero_advantage():
@@ -1377,7 +1385,7 @@ def test_a_group_of_equal_rewards_has_exactly_zero_advantage():
 
 
 def random_tokens(seed=0, dtype=torch.float64):
-    """Log-probs, old ones, advantages of 5 completions of 4, 1, 7, 3, 2 tokens; ratios on both sides of the clip."""
+    """Log-probs, old ones, advantages of 5 completions; their ratios lie on both sides of the clip."""
     generator, lengths = torch.Generator().manual_seed(seed), torch.tensor([4, 1, 7, 3, 2])
     seq = torch.arange(5).repeat_interleave(lengths)
     old = -3 * torch.rand(17, generator=generator, dtype=dtype)
@@ -1440,7 +1448,7 @@ def trl():
 
 
 def trl_policy_loss(trl, logp, old, advantage, lengths, loss_type, level, low, high, max_new):
-    """GRPOTrainer's loss at given log-probs: flat vectors laid out in its padded [B, R], its model replaced."""
+    """GRPOTrainer's loss at given log-probs: flat vectors laid out in its padded [B, R], no model behind."""
     def padded(x):
         return torch.nn.utils.rnn.pad_sequence(list(x.split(lengths.tolist())), batch_first=True)
     mask = padded(torch.ones(len(logp)))
@@ -1448,10 +1456,12 @@ def trl_policy_loss(trl, logp, old, advantage, lengths, loss_type, level, low, h
         _get_per_token_logps_and_entropies=lambda *a, **k: (padded(logp), torch.zeros_like(mask), None),
         args=SimpleNamespace(delta=None, steps_per_generation=1, use_bias_correction_kl=False), beta=0.0,
         loss_type=loss_type, importance_sampling_level=level, epsilon_low=low, epsilon_high=high,
-        max_completion_length=max_new, current_gradient_accumulation_steps=1, model=SimpleNamespace(training=True),
+        max_completion_length=max_new, model=SimpleNamespace(training=True),
+        current_gradient_accumulation_steps=1,
         accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
         aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False,
-        _entropy_bonus_enabled=False, use_adaptive_entropy=False, _metrics=defaultdict(lambda: defaultdict(list)))
+        _entropy_bonus_enabled=False, use_adaptive_entropy=False,
+        _metrics=defaultdict(lambda: defaultdict(list)))
     ids = torch.zeros(mask.shape, dtype=torch.long)
     return trl.policy_loss(trainer, None, dict(
         prompt_ids=ids[:, :1], prompt_mask=mask[:, :1], completion_ids=ids, completion_mask=mask,
@@ -1516,8 +1526,8 @@ def test_the_expected_gradient_of_every_kl_of_grpo_is_the_enumerated_one(kl, tem
     every = [Completion([v], [logp[v].item()], True) for v in range(5)]      # each as often as it is sampled
     s = grpo.build_stream([(prompt, every)], torch.zeros(5), logp.exp().detach(), teacher, cfg, "cpu")
     full = dict(kl=kl, teacher_hidden=s.teacher_hidden, teacher_weight=teacher.head_weight)
-    stats = token_stats(student(s.pack)[s.pack.rows], student.head_weight, s.pack.targets, temperature=temperature,
-                        **full if s.logp_teacher is None else {})
+    stats = token_stats(student(s.pack)[s.pack.rows], student.head_weight, s.pack.targets,
+                        temperature=temperature, **full if s.logp_teacher is None else {})
     found = gradients(student, grpo.stream_loss(s, stats, slice(None), cfg, first=True))
     name = "reverse" if kl in ("k1", "k2") else kl
     close(found, gradients(student, 0.3 * exact_kl(zs / temperature, zt / temperature, name)), 1e-4)
@@ -1622,7 +1632,7 @@ def test_the_stop_token_carries_loss():
 
 
 def test_distillation_weighs_prompts_alike_then_completions_then_tokens():
-    lengths = [[4, 1, 5], [2]]                              # three of one prompt, the demonstration of another
+    lengths = [[4, 1, 5], [2]]                      # three of one prompt, the demonstration of another
     x = [[[float(10 * i + t) for t in range(n)] for i, n in enumerate(group)] for group in lengths]
     wanted = statistics.mean(statistics.mean(statistics.mean(tokens) for tokens in group) for group in x)
     weight = opd.token_weights(lengths).repeat_interleave(torch.tensor(sum(lengths, [])))
@@ -1648,11 +1658,11 @@ def test_questions_on_a_shared_document_have_the_loss_and_gradient_of_separate_e
 # --------------------------------------------------------------------------------------------------------- stages, one step
 
 DOCUMENT = "Facts: Ada follows Bob. Bob follows Cid. Cid follows Ada."
-EXAMPLES = [dict(id="a", document=DOCUMENT, question="Start at Ada and follow two links. Who is it?", answer="Cid",
-                 response="Bob follows Cid.\n\nAnswer: Cid"),
-            dict(id="b", document=DOCUMENT, question="Who follows Ada?", answer="Cid", response="Answer: Cid"),
-            dict(id="c", question="What is 1 + 2 + 3?", answer="6", response="1 + 2 = 3. 3 + 3 = 6.\n\nAnswer: 6"),
-            dict(id="d", question="What is 4 + 2 + 1?", answer="7", response="Answer: 7")]
+EXAMPLES = [
+    dict(id="a", document=DOCUMENT, question="Ada follows", answer="Bob", response="I see Bob.\nAnswer: Bob"),
+    dict(id="b", document=DOCUMENT, question="Who follows Ada?", answer="Cid", response="Answer: Cid"),
+    dict(id="c", question="What is 1 + 2 + 3?", answer="6", response="1 + 2 = 3. 3 + 3 = 6.\n\nAnswer: 6"),
+    dict(id="d", question="What is 4 + 2 + 1?", answer="7", response="Answer: 7")]
 
 
 def write_lines(path, lines):
@@ -1662,8 +1672,8 @@ def write_lines(path, lines):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """Paths of a student, a wider teacher with a longer embedding, and data. A hundred ids end a turn, so that completions
-    are ragged."""
+    """Paths of a student, of a wider teacher with a longer embedding, and of data. A hundred ids end a turn:
+    completions are ragged."""
     path = tmp_path_factory.mktemp("world")
     stops = json.dumps(dict(eos_token_id=list(range(100)))).encode()
     tokenizer = Tokenizer(TOKENIZER.files | {"generation_config.json": stops})
@@ -1685,7 +1695,7 @@ def pseudo_reward(example, text):
 
 
 def step(stage, world, out, monkeypatch, rewards=pseudo_reward, **options):
-    """One optimizer step of a stage with plain SGD -> (minus what it added to the weights, the last logged row)."""
+    """One step of a stage with plain SGD -> (minus what it added to the weights, the last logged row)."""
     monkeypatch.setattr(stage, "adamw", lambda model, lr, decay=0: torch.optim.SGD(model.parameters(), lr))
     defaults = files(world, stage) | dict(out=str(out), steps=1, batch=4, lr=1.0, warmup=0, clip=1e9)
     if stage is not sft:
@@ -1712,7 +1722,8 @@ def recorded(monkeypatch, stage):
 
 def test_one_step_of_grpo_with_a_teacher_is_equation_6_written_out(world, tmp_path, monkeypatch):
     seen = recorded(monkeypatch, grpo)
-    found, row = step(grpo, world, tmp_path / "out", monkeypatch, teacher=world.teacher, beta=0.5, temperature=0.8)
+    options = dict(teacher=world.teacher, beta=0.5, temperature=0.8)
+    found, row = step(grpo, world, tmp_path / "out", monkeypatch, **options)
     (student, tokenizer), (teacher, _), loss = load(world.student), load(world.teacher), 0
     for prompt, completions in seen:
         rewards = [pseudo_reward(None, rollout.completion_text(tokenizer, c)) for c in completions]
@@ -1721,10 +1732,11 @@ def test_one_step_of_grpo_with_a_teacher_is_equation_6_written_out(world, tmp_pa
             A = (r - statistics.mean(rewards)) / (statistics.stdev(rewards) + 1e-4)
             rho = (logps[range(len(c.tokens)), c.tokens] - torch.tensor(c.logps)).exp()
             kl = (logps.exp() * (logps - logqs.detach())).sum(-1)
-            loss -= (torch.min(rho * A, rho.clamp(0.8, 1.2) * A) - 0.5 * kl).mean() / 12   # 4 prompts, 3 completions
+            loss -= (torch.min(rho * A, rho.clamp(0.8, 1.2) * A) - 0.5 * kl).mean() / 12      # 4 prompts x 3
     close(found, gradients(student, loss), 1e-3)
     assert len(seen) == 4 and len({len(c.tokens) for _, group in seen for c in group}) > 2
-    assert row["logp_diff_max"] <= 1e-5 and row["clipped"] == 0 and row["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert row["logp_diff_max"] <= 1e-5 and row["clipped"] == 0
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
     assert row["grad_norm"] == pytest.approx(found.norm().item(), rel=1e-3)
 
 
@@ -1752,10 +1764,11 @@ def test_lambda_0_with_forward_kl_is_distillation_on_the_demonstrations(world, t
 
 
 def test_one_step_of_sft_is_the_mean_over_the_batchs_target_tokens(world, tmp_path, monkeypatch):
-    found, row = step(sft, world, tmp_path / "out", monkeypatch, weight_decay=0.0, batch=3)    # two share a document
+    found, row = step(sft, world, tmp_path / "out", monkeypatch, weight_decay=0.0, batch=3)     # documents
     student, tokenizer = load(world.student)
-    logp = torch.cat([plain_logp(student, tokenizer.chat(rollout.prompt_messages(e)), tokenizer.completion(e["response"]))
-                      for e in EXAMPLES])
+    prompts = [tokenizer.chat(rollout.prompt_messages(e)) for e in EXAMPLES]
+    logp = torch.cat([plain_logp(student, prompt, tokenizer.completion(e["response"]))
+                      for prompt, e in zip(prompts, EXAMPLES)])
     close(found, gradients(student, -logp.mean()), 1e-3)
     assert row["loss"] == pytest.approx(-logp.mean().item(), rel=1e-4) and row["target_tokens"] == len(logp)
 
@@ -1780,7 +1793,7 @@ def test_groups_of_equal_rewards_do_not_move_the_policy(world, tmp_path, monkeyp
     assert (moved == 0).all() and row["zero_variance"] == 1 and row["grad_norm"] == 0 and row["loss"] == 0
     options = dict(rewards=lambda e, text: 0.7, teacher=world.teacher)
     taught, row = step(grpo, world, tmp_path / "kl", monkeypatch, **options)
-    assert row["zero_variance"] == 1 and taught.isfinite().all() and taught.norm() > 0.1      # the teacher speaks
+    assert row["zero_variance"] == 1 and taught.isfinite().all() and taught.norm() > 0.1
     dropped, row = step(grpo, world, tmp_path / "drop", monkeypatch, **options, drop_equal=True)
     assert (dropped == 0).all() and row["loss"] == 0
 
@@ -1799,37 +1812,63 @@ def test_truncated_completions_can_be_masked_even_all_of_them(world, tmp_path, m
     every, _ = step(grpo, world, tmp_path / "every", monkeypatch)
     assert 0 < row["truncated"] < 1 and (some - every).norm() > 1e-3
     sample = grpo.generate
-    monkeypatch.setattr(grpo, "generate", lambda *a, stop_ids, **k: sample(*a, **k))          # nothing ever stops
+    monkeypatch.setattr(grpo, "generate", lambda *a, stop_ids, **k: sample(*a, **k))      # nothing ever stops
     none, row = step(grpo, world, tmp_path / "none", monkeypatch, mask_truncated=True, teacher=world.teacher)
     assert row["truncated"] == 1 and row["loss"] == 0 and row["grad_norm"] == 0 and (none == 0).all()
 
 
-def test_the_teacher_self_is_silent_in_the_first_update_only(world, tmp_path, monkeypatch):
+def test_masked_completions_stay_out_of_the_logged_means(world, tmp_path, monkeypatch):
+    seen = recorded(monkeypatch, grpo)
+    _, row = step(grpo, world, tmp_path / "out", monkeypatch, teacher=world.teacher, mask_truncated=True)
+    student, teacher, kls = load(world.student)[0], load(world.teacher)[0], []
+    for prompt, completions in seen:
+        for c in completions:
+            logps, logqs = (plain_logps(m, prompt, c.tokens).detach() for m in (student, teacher))
+            kls.append(((logps.exp() * (logps - logqs)).sum(-1), c.finished))
+    assert row["kl"] == pytest.approx(torch.cat([kl for kl, finished in kls if finished]).mean().item(), rel=1e-4)
+    assert row["kl"] != pytest.approx(torch.cat([kl for kl, _ in kls]).mean().item(), rel=1e-3)
+
+
+def test_the_teacher_self_is_silent_until_the_second_update_of_each_rollout(world, tmp_path, monkeypatch):
     alone, _ = step(grpo, world, tmp_path / "alone", monkeypatch)
-    taught, row = step(grpo, world, tmp_path / "taught", monkeypatch, teacher="self", beta=5.0)
-    assert row["kl"] == pytest.approx(0, abs=1e-6)
+    taught, _ = step(grpo, world, tmp_path / "taught", monkeypatch, teacher="self", beta=5.0)
     close(taught, alone)
-    options = dict(updates=2, lr=0.1)
-    two, _ = step(grpo, world, tmp_path / "two", monkeypatch, **options)
-    two_taught, row = step(grpo, world, tmp_path / "two-taught", monkeypatch, **options, teacher="self", beta=5.0)
-    assert row["kl"] > 0 and (two - two_taught).norm() > 1e-3 * two.norm()
+    for teacher, updates, silent in [("self", 1, True), ("self", 2, False), ("ref", 1, False)]:
+        options = dict(teacher=teacher, updates=updates, steps=2, lr=0.1)
+        _, row = step(grpo, world, tmp_path / f"{teacher}{updates}", monkeypatch, **options)
+        assert (abs(row["kl"]) < 1e-6) == silent and (silent or row["kl"] > 1e-4)
+
+
+def test_a_step_forgets_the_gradient_of_the_one_before(world, tmp_path, monkeypatch):
+    for stage, options in (sft, dict(batch=3)), (opd, dict(lam=0.0)):     # every step has the same examples
+        out = tmp_path / stage.__name__
+        _, second = step(stage, world, out / "two", monkeypatch, steps=2, lr=0.1, **options)
+        step(stage, world, out / "one", monkeypatch, lr=0.1, **options)
+        _, again = step(stage, world, out / "again", monkeypatch, lr=0.1, model=str(out / "one"), **options)
+        assert second["grad_norm"] == pytest.approx(again["grad_norm"], rel=1e-3)
+    rewards = itertools.chain(range(12), itertools.repeat(0))           # the second step has nothing to say
+    two, row = step(grpo, world, tmp_path / "two", monkeypatch, lambda e, text: float(next(rewards)), steps=2)
+    assert row["grad_norm"] == 0 and two.norm() > 0
 
 
 @pytest.mark.parametrize("kl", ["reverse", "k2"])
 def test_the_logged_policy_loss_is_the_loss_without_its_kl(kl, world, tmp_path, monkeypatch):
     _, row = step(grpo, world, tmp_path / "out", monkeypatch, teacher=world.teacher, kl=kl)
-    assert row["loss"] > 0.1 and row["policy_loss"] == pytest.approx(0, abs=1e-4)     # rho = 1, centred advantages
+    assert row["loss"] > 0.1 and row["policy_loss"] == pytest.approx(0, abs=1e-4)      # rho = 1, mean A = 0
 
 
-def test_every_kind_of_noise_has_a_seed_of_its_own(world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stage, options", [(grpo, dict()), (opd, dict(lam=0.5))], ids=["grpo", "opd"])
+def test_every_draw_of_every_step_has_a_seed_of_its_own(stage, options, world, tmp_path, monkeypatch):
     seeds, default_rng = [], np.random.default_rng
+
     def noted(seed):
-        seeds.append(tuple([*seed, 0, 0, 0, 0][:4]))        # numpy pads seeds with zeros: [1, 2] is [1, 2, 0, 0]
+        seeds.append(tuple([*seed, 0, 0, 0, 0][:4]))    # numpy pads seeds with zeros: [1, 2] is [1, 2, 0, 0]
         return default_rng(seed)
-    monkeypatch.setattr(opd, "data_order", lambda *a: range(4))
+
+    monkeypatch.setattr(stage, "data_order", lambda *a: range(4))
     monkeypatch.setattr(np.random, "default_rng", noted)
-    step(opd, world, tmp_path / "out", monkeypatch, lam=0.5, seed=3)
-    assert len(seeds) == len(set(seeds)) >= 4
+    step(stage, world, tmp_path / "out", monkeypatch, steps=2, seed=3, **options)
+    assert len(seeds) == len(set(seeds)) > 8
 
 
 def test_a_stage_run_twice_ends_in_the_same_weights(world, tmp_path, monkeypatch):
@@ -1906,10 +1945,14 @@ ARMS = ["teacher", "base", "+SFT", "SFT+GRPO", "SFT+OPD", "SFT+dGRPO", "dGRPO wi
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """The whole recipe at a tiny size and with the beginning of its data, twice."""
+    """The whole recipe, twice: small models, the beginning of the data, and scores that are not all 0."""
     paths, mixture = [tmp_path_factory.mktemp("recipe") / "out" for _ in range(2)], recipe.mixture
+    small = {name: shape | dict(hidden_size=32, intermediate_size=64) for name, shape in recipe.PRESETS.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipe, "mixture", lambda *args: itertools.islice(mixture(*args), 900))
+        patch.setattr(recipe, "PRESETS", small)
+        patch.setattr(recipe, "mixture", lambda *args: itertools.islice(mixture(*args), 600))
+        for module in (rollout, grpo):
+            patch.setattr(module, "score", pseudo_reward)
         for path in paths:
             recipe.main(recipe.Config(out=str(path), **TINY))
     return paths
@@ -1924,6 +1967,7 @@ def test_the_recipe_ends_in_a_table_and_a_second_run_in_the_same(runs):
     for row in first + second:
         assert row.pop("seconds") >= 0 and row.keys() >= {"seed", "long", "short", "n", "steps"}
     assert first == second and [row["arm"] for row in first] == ARMS
+    assert len({row["long"] for row in first}) > 3          # the scores say something
     assert {cell["length"] for cell in first[0]["scores"]} >= {128, 256, 512}
     assert {(path / "results.md").read_text() for path in runs} == {recipe.table(first) + "\n"}
 
@@ -1944,10 +1988,9 @@ def test_the_recipes_data_keep_their_lengths_and_their_splits(runs):
         examples = read_lines(runs[0] / "data" / f"{name}.jsonl")
         documents[name] = {e["document"] for e in examples if "document" in e}
         prompts[name] = [len(TOKENIZER.chat(rollout.prompt_messages(e))) for e in examples if "document" in e]
-    assert max(prompts["base"]) <= max(recipe.BASE_LENS)
-    assert max(prompts["sft"] + prompts["rl"]) <= cfg.train_len < cfg.test_len
+    assert max(prompts["base"] + prompts["sft"] + prompts["rl"]) <= cfg.train_len < cfg.test_len
     buckets = [2 ** math.ceil(math.log2(n)) for n in prompts["test"]]
-    assert Counter(buckets) == dict.fromkeys((cfg.train_len // 2, cfg.train_len, cfg.test_len), 3)     # test_n = 1
+    assert Counter(buckets) == dict.fromkeys((cfg.train_len // 2, cfg.train_len, cfg.test_len), 3)
     assert sum(map(len, documents.values())) == len(set().union(*documents.values()))
 
 
@@ -1993,7 +2036,8 @@ def test_every_script_explains_every_flag(name, monkeypatch, capsys):
     assert code == 0 and " ".join(config.__doc__.split()) in text
     for flag in config.__dataclass_fields__:
         dashed = flag.replace("_", "-")
-        assert re.search(rf"--{dashed}(?:, --no-{dashed}| \w+) [^-].{{3,}}? \(default", text), flag
+        words = re.search(rf"--{dashed}(?:, --no-{dashed}| \w+) ((?:(?!\(default).)+) \(default", text)
+        assert words and len(words[1]) > 6, flag
 
 
 @pytest.mark.parametrize("script, flags, named", [
@@ -2024,7 +2068,7 @@ def test_flags_become_the_configuration(monkeypatch):
     flags = "--max-new 7 --lr 1e-6 --no-advantage-std --drop-equal --kl k2".split()
     assert parsed(monkeypatch, grpo.Config, *flags) == grpo.Config(
         max_new=7, lr=1e-6, advantage_std=False, drop_equal=True, kl="k2")
-    for wrong in (["--max_new", "7"], ["--step", "3"], ["--lr", "x"], ["9"]):     # underscore, abbreviation, type
+    for wrong in (["--max_new", "7"], ["--step", "3"], ["--lr", "x"], ["9"]):
         with pytest.raises(UserError, match=re.escape(wrong[0])):
             parsed(monkeypatch, grpo.Config, *wrong)
 
@@ -2039,7 +2083,8 @@ def test_rollout_prints_every_completion(world, capsys):
 
 def refuse(stage, out, match, **options):
     """The stage raises one line that names `match`, and leaves nothing behind."""
-    with pytest.raises(UserError, match=match) as error:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=match) as error:
+        patch.setattr(stage, "start_run", None)             # where writing and training begin
         stage.main(stage.Config(out=str(out), **options))
     assert "\n" not in str(error.value) and not out.exists()
 
@@ -2047,7 +2092,8 @@ def refuse(stage, out, match, **options):
 QUESTION = dict(question="Who?", answer="Bob", response="Answer: Bob")
 ASSISTANT = dict(role="assistant", content="Answer: Bob")
 BAD_LINES = [([], "holds no example"), (["", "  "], "holds no example"),
-             ([QUESTION, "{not json"], "line 2 is not JSON"), ([QUESTION, "[1]"], "line 2: expected an object"),
+             ([QUESTION, "{not json"], "line 2 is not JSON"),
+             ([QUESTION, "[1]"], "line 2: expected an object"),
              ([dict(QUESTION, question=" ")], "line 1: no question"),
              ([dict(answer="Bob", response="Bob")], "line 1: no question"),
              ([QUESTION, dict(QUESTION, document=5)], "line 2: document must be a text"),
@@ -2094,7 +2140,8 @@ def test_an_example_without_demonstration_or_with_an_unknown_reward_is_refused(w
 @pytest.mark.parametrize("stage, options", [(sft, dict()), (opd, dict(lam=0.5))], ids=["sft", "opd"])
 def test_demonstrations_longer_than_the_context_are_refused(stage, options, world, tmp_path):
     data = write_lines(tmp_path / "data.jsonl", [dict(QUESTION, id="long", response="Ada Bob " * 200)])
-    refuse(stage, tmp_path / "out", "'long' needs .* --ctx is 256", **files(world, stage) | dict(data=data), **options)
+    options = files(world, stage) | options | dict(data=data)
+    refuse(stage, tmp_path / "out", "'long' needs .* --ctx is 256", **options)
 
 
 def test_a_teacher_with_another_vocabulary_is_refused(world, tmp_path):
@@ -2111,25 +2158,27 @@ def test_a_checkpoint_without_a_chat_template_is_refused_for_training(world, tmp
     bare = Tokenizer(TOKENIZER.files | {"tokenizer_config.json": b"{}"}, where="bare")
     save(str(tmp_path / "bare"), tiny_model(vocab=bare.n_vocab), bare)
     for stage in (sft, grpo):
-        refuse(stage, tmp_path / "out", "no chat template", **files(world, stage) | dict(model=str(tmp_path / "bare")))
+        options = files(world, stage) | dict(model=str(tmp_path / "bare"))
+        refuse(stage, tmp_path / "out", "no chat template", **options)
 
 
 @pytest.mark.parametrize("stage, options, match", [
+    (sft, dict(batch=0), "--batch 0"), (sft, dict(schedule="linear"), "--schedule linear: choose one of"),
     (grpo, dict(group=1), "--group 1.*at least 2"), (grpo, dict(kl="k3"), "--kl k3.*use k2"),
     (grpo, dict(kl="k4"), "--kl k4"), (grpo, dict(aggregate="mean"), "--aggregate mean"),
-    (grpo, dict(ratio="x"), "--ratio x"), (grpo, dict(batch=0), "--batch 0"), (grpo, dict(max_new=0), "--max-new 0"),
-    (grpo, dict(updates=0), "--updates 0"), (grpo, dict(micro=9), "--micro 9"), (grpo, dict(schedule="x"), "--schedule x"),
-    (grpo, dict(temperature=0.0), "--temperature 0"), (sft, dict(batch=0), "--batch 0"),
-    (sft, dict(schedule="linear"), "--schedule linear: choose one of constant, cosine"),
+    (grpo, dict(ratio="x"), "--ratio x"), (grpo, dict(batch=0), "--batch 0"),
+    (grpo, dict(micro=9), "--micro 9"), (grpo, dict(max_new=0), "--max-new 0"),
+    (grpo, dict(updates=0), "--updates 0"),
+    (grpo, dict(schedule="x"), "--schedule x"), (grpo, dict(temperature=0.0), "--temperature 0"),
     (opd, dict(group=0), "--group 0"), (opd, dict(batch=0), "--batch 0"), (opd, dict(micro=9), "--micro 9"),
-    (opd, dict(kl="k1", lam=0.5), "--kl k1"), (opd, dict(kl="k3"), "--kl k3"), (opd, dict(lam=2.0), "--lam 2"),
+    (opd, dict(kl="k1", lam=0.5), "--kl k1"), (opd, dict(kl="k3"), "--kl k3"), (opd, dict(lam=2.0), "--lam"),
     (opd, dict(top_k=10**6), "--top-k 1000000"), (opd, dict(kl="jsd", jsd_weight=1.0), "--jsd-weight 1"),
-    (recipe, dict(group=1), "--group 1"), (recipe, dict(micro=99), "--micro 99"), (recipe, dict(until="x"), "--until x"),
-    (recipe, dict(test_n=0), "--test-n 0"), (recipe, dict(test_len=100), "--test-len 100"),
-    (recipe, dict(student="a"), "both --student and --teacher"),
+    (recipe, dict(group=1), "--group 1"), (recipe, dict(micro=99), "--micro 99"),
+    (recipe, dict(until="x"), "--until x"), (recipe, dict(test_n=0), "--test-n 0"),
+    (recipe, dict(train_len=300), "--train-len 300 .* powers of two"),
+    (recipe, dict(test_len=100), "--test-len 100"), (recipe, dict(student="a"), "both --student and"),
     (recipe, dict(student="a", teacher="b"), "a has no tokenizer.json")], ids=str)
-def test_an_impossible_flag_is_named_before_anything_is_written(stage, options, match, world, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "start_run", None)          # where training and writing begin
+def test_an_impossible_flag_is_named_before_anything_is_written(stage, options, match, world, tmp_path):
     refuse(stage, tmp_path / "out", match, **({} if stage is recipe else files(world, stage)) | options)
 
 
@@ -2139,7 +2188,7 @@ def test_out_is_never_overwritten_by_another_configuration(world, tmp_path):
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     for stage, other in [(sft, dict(options, steps=2)), (grpo, dict(options, group=2, max_new=4)),
                          (recipe, dict(TINY, out=str(out)))]:
-        with pytest.raises(UserError, match="out holds a run of another configuration .*: choose another --out, or"):
+        with pytest.raises(UserError, match="out holds a run of another configuration .*: choose another"):
             stage.main(stage.Config(**other))
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     sft.main(sft.Config(**options, steps=1))                # the same one may run again
