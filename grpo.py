@@ -248,15 +248,16 @@ def main(cfg):
                 with torch.no_grad():
                     if update == 0:
                         s.logp_first = stats.logp.detach()
-                    rho, difference = (stats.logp - s.logp_old).exp(), (s.logp_first - s.logp_old).abs()
+                    real = s.weight > 0                          # masked completions stay out of the means
+                    rho, difference = (stats.logp - s.logp_old).exp()[real], (s.logp_first - s.logp_old).abs()
                     kl = stats.kl if s.logp_teacher is None else stats.logp - s.logp_teacher
                     sums["loss"] += loss.item()
-                    sums["kl"] += kl.sum().item()
+                    sums["kl"] += kl[real].sum().item()
                     in_loss = k2(stats.logp, s.logp_teacher) if cfg.kl == "k2" else stats.kl         # k1: not in the loss
                     sums["kl_loss"] += cfg.beta * (s.weight * in_loss).sum().item()
-                    sums["entropy"] += stats.entropy.sum().item()
+                    sums["entropy"] += stats.entropy[real].sum().item()
                     sums["clipped"] += ((rho < 1 - cfg.eps_low) | (rho > 1 + cfg.eps_high)).sum().item()
-                    sums["logp_diff"] += difference.sum().item()
+                    sums["logp_diff"] += difference[real].sum().item()
                     sums["logp_diff_max"] = max(sums["logp_diff_max"], difference.max().item())
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
             optimizer.step()
@@ -266,7 +267,7 @@ def main(cfg):
             raise UserError(f"the loss is {sums['loss']} at step {step}: lower --lr")
 
         # log; of several updates the last
-        rows = max(sum(len(s.pack.rows) for s in streams), 1)
+        rows = max(sum(int((s.weight > 0).sum()) for s in streams), 1)
         reward = rewards.mean().item()
         sampling, scoring, updating = np.diff(times).tolist()
         log(dict(step=step, reward=reward, reward_std=rewards.std(1).mean().item(),

@@ -11,7 +11,7 @@ The laptop run trains everything from scratch on tasks generated here. They are 
 tiny models and Qwen3. A document is a shuffled pile of pairs ("Ada Bob.") and idle sentences; a question needs several:
 
     hops      follow h links through the pairs                     "Start at Ada and take three steps. Who is it?"
-    latest    where a thing is that was moved about, or none       "Where is the coin now?"
+    latest    who has a thing that was handed on, or none          "Who has the coin now?"
     chain     write out the links one after the other              "List the next four after Ada."
 
 Three short tasks without a document (sum, reverse, copy) stand for the skills that must not be forgotten.
@@ -63,8 +63,7 @@ class Config:
 # --------------------------------------------------------------------------------------------------------------------- tasks
 
 NAMES = "Ada Bob Cid Dan Eve Fay Gil Hal Ida Jon Kim Lee Mia Ned Ola Pam Quin Ray Sue Tom Una Val Wes Zoe".split()
-THINGS = "coin lamp ring book bell drum cup fan".split()
-PLACES = "Rome Oslo Lima Cairo Paris Delhi Tokyo Quito Seoul Bern Riga Accra Dakar Hanoi Kyiv Malta".split()
+THINGS = "coin lamp ring book".split()
 HEADER = "In each pair the first leads to the second:"
 NUMBERS = "one two three four five six seven eight".split()
 IDLE = ["The sky is clear today.", "Rain fell on the hills.", "The market opens early.", "A bell rang in the square.",
@@ -74,16 +73,16 @@ IDLE = ["The sky is clear today.", "Rain fell on the hills.", "The market opens 
 def make_document(rng, budget, count):
     """A shuffled pile of facts of at most `budget` tokens, filled up with idle sentences -> (text, links).
 
-    links: "Ada Bob." as {"Ada": "Bob"}. Names form one cycle, so that everybody leads to one and is led to by one.
-    Things lead to a place, and a place to where what was there went next. count(sentence) -> its tokens."""
+    links: "Ada Bob." as {"Ada": "Bob"}. Most names form one cycle, in which nobody comes last. A thing leads to the first who
+    had it, and on to whom it was given, up to the one who keeps it. count(sentence) -> its tokens."""
     def some(words, n):
         return [words[i] for i in rng.permutation(len(words))[:n]]
-    names = some(NAMES, max(4, budget // 12))
-    links = dict(zip(names, names[1:] + names[:1]))
-    places = some(PLACES, len(PLACES))
-    for thing in some(THINGS, min(len(THINGS) // 2, max(1, budget // 40))):
-        stations = [thing] + [places.pop() for _ in range(min(len(places), rng.integers(1, 5)))]
-        links |= dict(zip(stations, stations[1:]))
+    names = some(NAMES, len(NAMES))
+    cycle = [names.pop() for _ in range(max(4, min(14, budget // 12)))]
+    links = dict(zip(cycle, cycle[1:] + cycle[:1]))
+    for thing in some(THINGS, 2 if budget > 80 else 1):
+        holders = [thing] + [names.pop() for _ in range(rng.integers(1, 4))]
+        links |= dict(zip(holders, holders[1:]))
     sentences = [f"{a} {b}." for a, b in links.items()]
     room = budget - count(HEADER) - sum(count(" " + s) for s in sentences)
     while True:
@@ -97,34 +96,33 @@ def make_document(rng, budget, count):
 
 def ask_hops(rng, links, hops):
     """Follow so many links."""
-    path = walk(links, any_of(rng, NAMES, links), hops)
+    path = any_of(rng, [path for path in (walk(links, name, hops) for name in NAMES) if len(path) > hops])
     question = f"Start at {path[0]} and take {NUMBERS[hops - 1]} steps. Who is it?"
     return question, path[-1], "exact", thought(path) + f"Answer: {path[-1]}"
 
 
 def ask_latest(rng, links, _):
-    """Where a thing is after all that was said of it; one in four is not mentioned at all."""
+    """Who has a thing after all that was said of it; one in four is not mentioned at all."""
     absent = rng.random() < 0.25
-    thing = any_of(rng, [t for t in THINGS if (t in links) != absent], dict.fromkeys(THINGS))
-    path = walk(links, thing, len(links))
+    path = walk(links, any_of(rng, [thing for thing in THINGS if (thing in links) != absent]), len(links))
     answer = path[-1] if len(path) > 1 else "none"
-    end = " stays" if len(path) > 1 else " absent"
-    return f"Where is the {thing} now?", answer, "exact", thought(path, end) + f"Answer: {answer}"
+    end = " keeps it" if len(path) > 1 else " absent"
+    return f"Who has the {path[0]} now?", answer, "exact", thought(path, end) + f"Answer: {answer}"
 
 
 def ask_chain(rng, links, hops):
     """Write out the path."""
-    path = walk(links, any_of(rng, NAMES, links), hops)
+    path = any_of(rng, [path for path in (walk(links, name, hops) for name in NAMES) if len(path) > hops])
     question = f"List the next {NUMBERS[hops - 1]} after {path[0]}."
     return question, path[1:], "sequence", thought(path) + f"Answer: {', '.join(path[1:])}"
 
 
-def any_of(rng, words, known):
-    words = [w for w in words if w in known]
-    return words[rng.integers(len(words))]
+def any_of(rng, choices):
+    return choices[rng.integers(len(choices))]
 
 
 def walk(links, start, steps):
+    """What one meets on so many steps from the start, or fewer where the links end."""
     path = [start]
     while path[-1] in links and len(path) <= steps:
         path.append(links[path[-1]])
@@ -155,7 +153,7 @@ def ask_reverse(rng):
 
 def ask_copy(rng):
     """A list of words, once more: the plainest use of a context, and what the look-ups of the long tasks grow from."""
-    words = [*NAMES, *THINGS, *PLACES]
+    words = [*NAMES, *THINGS]
     text = " ".join(words[i] for i in rng.permutation(len(words))[:rng.integers(5, 21)])
     return f"Write this again: {text}", text, "exact", f"<think>\n</think>\n\nAnswer: {text}"
 
@@ -310,6 +308,9 @@ def main(cfg):
         raise UserError(f"--until {cfg.until}: choose one of data, base, teacher, sft, or leave it out for the whole recipe")
     if cfg.train_len < 2 * BASE_LENS[0] or cfg.test_len <= cfg.train_len:
         raise UserError(f"--train-len {cfg.train_len} must be at least {2 * BASE_LENS[0]}, --test-len {cfg.test_len} longer")
+    if (cfg.train_len - 1).bit_length() == (cfg.test_len - 1).bit_length():  # evaluate() sorts lengths by powers of two
+        raise UserError(f"--train-len {cfg.train_len} and --test-len {cfg.test_len} would share a column of the table: "
+                        "put a power of two between them")
     if bool(cfg.student) != bool(cfg.teacher):
         raise UserError("give both --student and --teacher, or neither: the tiny ones share a tokenizer of their own")
     # mistakes show now, not after the cold start

@@ -1002,7 +1002,7 @@ def cut(path):
 
 NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
 BAD = {
-    "no directory": (lambda path: path.rename(path.parent / "y"), "x/config.json does not exist"),
+    "no directory": (lambda path: path.rename(path.parent / "y"), "x is not a directory with a checkpoint"),
     "no config": (lambda path: (path / "config.json").unlink(), "x/config.json does not exist"),
     "broken config": (lambda path: (path / "config.json").write_text("{"), "config.json is not valid JSON"),
     "config is a list": (lambda path: (path / "config.json").write_text("[]"), "config.json is not a JSON object"),
@@ -1347,6 +1347,7 @@ def test_a_list_scores_by_the_order_it_keeps():
 def test_evaluate_reports_mean_and_standard_error_per_family_and_length(monkeypatch):
     texts = iter(["Answer: a", "Answer: x", "Answer: a", "Answer: b", "Answer: b"])
     monkeypatch.setattr(rollout, "completion_text", lambda tokenizer, completion: next(texts))
+    monkeypatch.setattr(TOKENIZER, "stop_ids", [])
     student = tiny_model(vocab=TOKENIZER.n_vocab)
     one, two = dict(question="Ada", answer="a", kind="one"), dict(question="Ada", answer="b", kind="two")
     examples = [one, one, one, two, dict(two, document="Ada " * 60)]
@@ -1895,11 +1896,11 @@ def solve(e):
     pairs = [tuple(s) for s in sentences if len(s) == 2]
     leads_to = dict(pairs)
     assert len(pairs) == len(leads_to)                     # nothing leads to two
-    if thing := re.fullmatch(r"Where is the (\w+) now\?", question):
-        place = thing[1]
-        while place in leads_to:
-            place = leads_to[place]
-        return place if place != thing[1] else "none"
+    if thing := re.fullmatch(r"Who has the (\w+) now\?", question):
+        holder = thing[1]
+        while holder in leads_to:
+            holder = leads_to[holder]
+        return holder if holder != thing[1] else "none"
     start = re.match(r"Start at (\w+)|List the next \w+ after (\w+)", question)
     start, words = start[1] or start[2], "one two three four five six seven eight".split()
     steps = next(i for i, word in enumerate(words, 1) if word in question.split())
@@ -2175,7 +2176,7 @@ def test_a_checkpoint_without_a_chat_template_is_refused_for_training(world, tmp
     (opd, dict(top_k=10**6), "--top-k 1000000"), (opd, dict(kl="jsd", jsd_weight=1.0), "--jsd-weight 1"),
     (recipe, dict(group=1), "--group 1"), (recipe, dict(micro=99), "--micro 99"),
     (recipe, dict(until="x"), "--until x"), (recipe, dict(test_n=0), "--test-n 0"),
-    (recipe, dict(train_len=300), "--train-len 300 .* powers of two"),
+    (recipe, dict(train_len=300), "--train-len 300 and --test-len 512 would share a column"),
     (recipe, dict(test_len=100), "--test-len 100"), (recipe, dict(student="a"), "both --student and"),
     (recipe, dict(student="a", teacher="b"), "a has no tokenizer.json")], ids=str)
 def test_an_impossible_flag_is_named_before_anything_is_written(stage, options, match, world, tmp_path):
