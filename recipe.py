@@ -11,17 +11,17 @@ The laptop run trains everything from scratch on tasks generated here. They are 
 tiny models and Qwen3. A document is a shuffled pile of pairs ("Ada Bob.") and idle sentences; a question needs several:
 
     hops      follow h links through the pairs                     "Start at Ada and take three steps. Who is it?"
-    latest    who has a thing that was handed on, or none          "Who has the coin now?"
+    latest    where a thing is that was moved about, or none       "Where is the coin now?"
     chain     write out the links one after the other              "List the next four after Ada."
 
 Three short tasks without a document (sum, reverse, copy) stand for the skills that must not be forgotten.
 
-    python recipe.py                                               the laptop: 2 cores, about 8 minutes
+    python recipe.py                                               the laptop: 2 cores, about 9 minutes
     python recipe.py --until sft                                   only what `python grpo.py` and `python opd.py` start from
     python recipe.py --student DIR --teacher DIR --train-len 8192  with checkpoints of your own
 """
 import json, math, os, time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import regex
@@ -63,7 +63,8 @@ class Config:
 # --------------------------------------------------------------------------------------------------------------------- tasks
 
 NAMES = "Ada Bob Cid Dan Eve Fay Gil Hal Ida Jon Kim Lee Mia Ned Ola Pam Quin Ray Sue Tom Una Val Wes Zoe".split()
-THINGS = "coin lamp ring book".split()
+THINGS = "coin lamp ring book bell drum cup fan".split()
+PLACES = "Rome Oslo Lima Cairo Paris Delhi Tokyo Quito Seoul Bern Riga Accra Dakar Hanoi Kyiv Malta".split()
 HEADER = "In each pair the first leads to the second:"
 NUMBERS = "one two three four five six seven eight".split()
 IDLE = ["The sky is clear today.", "Rain fell on the hills.", "The market opens early.", "A bell rang in the square.",
@@ -73,16 +74,16 @@ IDLE = ["The sky is clear today.", "Rain fell on the hills.", "The market opens 
 def make_document(rng, budget, count):
     """A shuffled pile of facts of at most `budget` tokens, filled up with idle sentences -> (text, links).
 
-    links: "Ada Bob." as {"Ada": "Bob"}. Most names form one cycle, in which nobody comes last. A thing leads to the first who
-    had it, and on to whom it was given, up to the one who keeps it. count(sentence) -> its tokens."""
+    links: "Ada Bob." as {"Ada": "Bob"}. Names form one cycle, so that everybody leads to one and is led to by one.
+    Things lead to a place, and a place to where what was there went next. count(sentence) -> its tokens."""
     def some(words, n):
         return [words[i] for i in rng.permutation(len(words))[:n]]
-    names = some(NAMES, len(NAMES))
-    cycle = [names.pop() for _ in range(max(4, min(14, budget // 12)))]
-    links = dict(zip(cycle, cycle[1:] + cycle[:1]))
-    for thing in some(THINGS, 2 if budget > 80 else 1):
-        holders = [thing] + [names.pop() for _ in range(rng.integers(1, 4))]
-        links |= dict(zip(holders, holders[1:]))
+    names = some(NAMES, max(4, budget // 12))
+    links = dict(zip(names, names[1:] + names[:1]))
+    places = some(PLACES, len(PLACES))
+    for thing in some(THINGS, min(len(THINGS) // 2, max(1, budget // 40))):
+        stations = [thing] + [places.pop() for _ in range(min(len(places), rng.integers(1, 5)))]
+        links |= dict(zip(stations, stations[1:]))
     sentences = [f"{a} {b}." for a, b in links.items()]
     room = budget - count(HEADER) - sum(count(" " + s) for s in sentences)
     while True:
@@ -96,33 +97,34 @@ def make_document(rng, budget, count):
 
 def ask_hops(rng, links, hops):
     """Follow so many links."""
-    path = any_of(rng, [path for path in (walk(links, name, hops) for name in NAMES) if len(path) > hops])
+    path = walk(links, any_of(rng, NAMES, links), hops)
     question = f"Start at {path[0]} and take {NUMBERS[hops - 1]} steps. Who is it?"
     return question, path[-1], "exact", thought(path) + f"Answer: {path[-1]}"
 
 
 def ask_latest(rng, links, _):
-    """Who has a thing after all that was said of it; one in four is not mentioned at all."""
+    """Where a thing is after all that was said of it; one in four is not mentioned at all."""
     absent = rng.random() < 0.25
-    path = walk(links, any_of(rng, [thing for thing in THINGS if (thing in links) != absent]), len(links))
+    thing = any_of(rng, [t for t in THINGS if (t in links) != absent], dict.fromkeys(THINGS))
+    path = walk(links, thing, len(links))
     answer = path[-1] if len(path) > 1 else "none"
-    end = " keeps it" if len(path) > 1 else " absent"
-    return f"Who has the {path[0]} now?", answer, "exact", thought(path, end) + f"Answer: {answer}"
+    end = " stays" if len(path) > 1 else " absent"
+    return f"Where is the {thing} now?", answer, "exact", thought(path, end) + f"Answer: {answer}"
 
 
 def ask_chain(rng, links, hops):
     """Write out the path."""
-    path = any_of(rng, [path for path in (walk(links, name, hops) for name in NAMES) if len(path) > hops])
+    path = walk(links, any_of(rng, NAMES, links), hops)
     question = f"List the next {NUMBERS[hops - 1]} after {path[0]}."
     return question, path[1:], "sequence", thought(path) + f"Answer: {', '.join(path[1:])}"
 
 
-def any_of(rng, choices):
-    return choices[rng.integers(len(choices))]
+def any_of(rng, words, known):
+    words = [w for w in words if w in known]
+    return words[rng.integers(len(words))]
 
 
 def walk(links, start, steps):
-    """What one meets on so many steps from the start, or fewer where the links end."""
     path = [start]
     while path[-1] in links and len(path) <= steps:
         path.append(links[path[-1]])
@@ -153,7 +155,7 @@ def ask_reverse(rng):
 
 def ask_copy(rng):
     """A list of words, once more: the plainest use of a context, and what the look-ups of the long tasks grow from."""
-    words = [*NAMES, *THINGS]
+    words = [*NAMES, *THINGS, *PLACES]
     text = " ".join(words[i] for i in rng.permutation(len(words))[:rng.integers(5, 21)])
     return f"Write this again: {text}", text, "exact", f"<think>\n</think>\n\nAnswer: {text}"
 
@@ -328,7 +330,8 @@ def main(cfg):
         if not tokenizer.same_encoding(Tokenizer.from_dir(cfg.teacher)):
             raise UserError(f"the teacher {cfg.teacher} encodes text otherwise than the student {cfg.student}: choose "
                             "one of the same family")
-    log, device, began = start_run(cfg, "recipe"), pick_device(), time.time()
+    # a run that stopped early may go on in the same place
+    log, device, began = start_run(replace(cfg, until=""), "recipe"), pick_device(), time.time()
 
     def at(name):
         return os.path.join(cfg.out, name)

@@ -1896,11 +1896,11 @@ def solve(e):
     pairs = [tuple(s) for s in sentences if len(s) == 2]
     leads_to = dict(pairs)
     assert len(pairs) == len(leads_to)                     # nothing leads to two
-    if thing := re.fullmatch(r"Who has the (\w+) now\?", question):
-        holder = thing[1]
-        while holder in leads_to:
-            holder = leads_to[holder]
-        return holder if holder != thing[1] else "none"
+    if thing := re.fullmatch(r"Where is the (\w+) now\?", question):
+        place = thing[1]
+        while place in leads_to:
+            place = leads_to[place]
+        return place if place != thing[1] else "none"
     start = re.match(r"Start at (\w+)|List the next \w+ after (\w+)", question)
     start, words = start[1] or start[2], "one two three four five six seven eight".split()
     steps = next(i for i, word in enumerate(words, 1) if word in question.split())
