@@ -97,7 +97,7 @@ def make_document(rng, budget, count):
 
 def ask_hops(rng, links, hops):
     """Follow so many links."""
-    path = walk(links, any_of(rng, NAMES, links), hops)
+    path = walk(links, any_of(rng, [name for name in NAMES if name in links]), hops)
     question = f"Start at {path[0]} and take {NUMBERS[hops - 1]} steps. Who is it?"
     return question, path[-1], "exact", thought(path) + f"Answer: {path[-1]}"
 
@@ -105,7 +105,7 @@ def ask_hops(rng, links, hops):
 def ask_latest(rng, links, _):
     """Where a thing is after all that was said of it; one in four is not mentioned at all."""
     absent = rng.random() < 0.25
-    thing = any_of(rng, [t for t in THINGS if (t in links) != absent], dict.fromkeys(THINGS))
+    thing = any_of(rng, [thing for thing in THINGS if (thing in links) != absent])
     path = walk(links, thing, len(links))
     answer = path[-1] if len(path) > 1 else "none"
     end = " stays" if len(path) > 1 else " absent"
@@ -114,13 +114,12 @@ def ask_latest(rng, links, _):
 
 def ask_chain(rng, links, hops):
     """Write out the path."""
-    path = walk(links, any_of(rng, NAMES, links), hops)
+    path = walk(links, any_of(rng, [name for name in NAMES if name in links]), hops)
     question = f"List the next {NUMBERS[hops - 1]} after {path[0]}."
     return question, path[1:], "sequence", thought(path) + f"Answer: {', '.join(path[1:])}"
 
 
-def any_of(rng, words, known):
-    words = [w for w in words if w in known]
+def any_of(rng, words):
     return words[rng.integers(len(words))]
 
 

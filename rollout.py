@@ -332,7 +332,7 @@ def sample_wave(model, prompts, n, max_new_tokens, noise, sampling, presence_pen
             token, live = token.view(live.shape)[rows[:, None], grid].flatten(), live[rows[:, None], grid]
         cache.grow()
         positions = (cache.lengths[:, None] + t).expand(live.shape).flatten()
-        logits = logits_of(model(SimpleNamespace(tokens=token, positions=positions), cache))
+        logits = logits_of(model(stream(token, positions, device), cache))
         cache.step += 1
 
 

@@ -37,7 +37,7 @@ TOKENIZER = tiny_tokenizer(recipe.task_words())
 # ----------------------------------------------------------------------------------------------------------------- helpers
 
 def tiny_model(seed=0, vocab=12, hidden=32):
-    """A random decoder in which every matrix speaks (new_model silences some), its logits well spread."""
+    """A random decoder whose logits are well spread."""
     config = model.Config(vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden, head_dim=8,
                           num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rope_theta=1e4)
     student, generator = model.Transformer(config), torch.Generator().manual_seed(seed)
