@@ -17,16 +17,15 @@ Where the paper is silent: one update per rollout, temperature 1, truncated comp
 The loss printed at the first update is no measure of progress: with rho = 1 and centred advantages its policy part is 0
 while its gradient is not.
 """
-import copy, math, time
+import math, time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from kernels import token_loss, token_stats
-from model import (Pack, UserError, adamw, check_flags, load_student, load_teacher, lr_at, pick_device, run, save,
-                   split_by_size, start_run)
+from model import (Pack, Run, UserError, adamw, add_up, check_flags, gather, init, load_student, load_teacher,
+                   my_streams, run, share_out, split_by_size, whole)
 from rollout import completion_text, data_order, generate, prompt_ids, read_examples, score
 
 
@@ -60,6 +59,8 @@ class Config:
     mask_truncated: bool = False        # completions cut off at max_new carry no loss
     drop_equal: bool = False            # leave out groups of equal rewards (their KL to the teacher goes with them)
     seed: int = 0                       # order of the data and sampling noise
+    save_every: int = 20                # steps between checkpoints to go on from
+    resume: bool = True                 # go on from the newest checkpoint in --out, if there is one
 
 
 # -------------------------------------------------------------------------------------------------------------------- losses
@@ -170,7 +171,7 @@ def check(cfg):
     if cfg.kl == "k3":
         raise UserError("--kl k3: in the loss its gradient is that of the forward KL, whatever its value; use k2, or "
                         "forward")
-    check_flags(cfg, ["batch", "max_new", "updates"], kl=("reverse", "forward", "jsd", "k1", "k2"),
+    check_flags(cfg, ["batch", "max_new", "updates", "save_every"], kl=("reverse", "forward", "jsd", "k1", "k2"),
                 aggregate=("sequence", "token", "constant"), ratio=("token", "sequence", "cispo"),
                 schedule=("constant", "cosine"))
     if cfg.temperature <= 0:
@@ -179,8 +180,10 @@ def check(cfg):
 
 def main(cfg):
     check(cfg)
-    device = pick_device()
-    model, tokenizer = load_student(cfg.model, device)
+    device, this = init(), Run(cfg, "dgrpo" if cfg.teacher else "grpo")
+    if this.finished:
+        return
+    model, tokenizer = load_student(this.source, device)
     examples = read_examples(cfg.data)
     prompts = [prompt_ids(tokenizer, e, cfg.ctx, cfg.max_new) for e in examples]
     longest = max(map(len, prompts)) + cfg.group * cfg.max_new
@@ -189,23 +192,24 @@ def main(cfg):
                         "tokens")
     teacher = None
     if cfg.teacher in ("ref", "self"):
-        teacher = copy.deepcopy(model).requires_grad_(False)
+        teacher = load_student(cfg.model, device)[0].requires_grad_(False)
     elif cfg.teacher and cfg.beta:
         teacher = load_teacher(cfg.teacher, device, tokenizer)
-    log = start_run(cfg, "grpo")
-    optimizer = adamw(model, cfg.lr)
+    this.begin(model, tokenizer, adamw(model, cfg.lr))
     full_kl = dict(kl=cfg.kl) if cfg.kl not in ("k1", "k2") else {}
 
-    bar = tqdm(range(cfg.steps), desc=f"{'dgrpo' if teacher else 'grpo':8} {cfg.out}")
-    for step in bar:
+    for step in this.steps():
         if cfg.teacher == "self":
             teacher.load_state_dict(model.state_dict())
 
         # roll out: G completions of each prompt, and their rewards
         times = [time.time()]
         chosen = data_order(len(examples), cfg.batch, step, cfg.seed)
-        completions = generate(model, [prompts[i] for i in chosen], cfg.group, cfg.max_new, cfg.temperature,
-                               stop_ids=tokenizer.stop_ids, seed=(cfg.seed, step))                    # [B][G]
+        with whole(model) as sampler:
+            completions = share_out(lambda mine: generate(
+                sampler, [prompts[chosen[b]] for b in mine], cfg.group, cfg.max_new, cfg.temperature,
+                stop_ids=tokenizer.stop_ids, seed=(cfg.seed, step), numbers=mine),
+                [len(prompts[i]) for i in chosen])                                                   # [B][G]
         rewards = torch.tensor([[score(examples[i], completion_text(tokenizer, c)) for c in group]
                                 for i, group in zip(chosen, completions)])                           # [B, G]
         lengths = torch.tensor([[len(c.tokens) for c in group] for group in completions])            # [B, G]
@@ -223,16 +227,17 @@ def main(cfg):
         times.append(time.time())
         kept = counted.any(1).nonzero()[:, 0].tolist()
         sizes = [len(prompts[chosen[b]]) + int(lengths[b].sum()) for b in kept]
+        parts = split_by_size(kept, sizes, cfg.micro)
+        parts = my_streams(parts, [sum(sizes[kept.index(b)] for b in part) for part in parts])
         streams = [build_stream([(prompts[chosen[b]], completions[b]) for b in part], advantage[part].flatten(),
-                                weight[part].flatten(), teacher, cfg, device)
-                   for part in split_by_size(kept, sizes, cfg.micro)]
+                                weight[part].flatten(), teacher, cfg, device) for part in parts]
 
         # update: all streams make one optimizer step
         times.append(time.time())
         for update in range(cfg.updates):
-            optimizer.param_groups[0]["lr"] = lr_at(step, cfg)
-            sums = dict.fromkeys(("loss", "kl", "kl_loss", "entropy", "clipped", "logp_diff", "logp_diff_max"), 0.0)
-            for s in streams:
+            sums = dict.fromkeys(("loss", "kl", "kl_loss", "entropy", "clipped", "logp_diff", "rows"), 0.0)
+            suspects, largest = [], 0.0
+            for part, s in zip(parts, streams):
                 hidden = model(s.pack)[s.pack.rows]                                                  # [N, D]
                 head = (hidden, model.head_weight, s.pack.targets)
                 if teacher is not None and full_kl:
@@ -258,26 +263,27 @@ def main(cfg):
                     sums["entropy"] += stats.entropy[real].sum().item()
                     sums["clipped"] += ((rho < 1 - cfg.eps_low) | (rho > 1 + cfg.eps_high)).sum().item()
                     sums["logp_diff"] += difference[real].sum().item()
-                    sums["logp_diff_max"] = max(sums["logp_diff_max"], difference.max().item())
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
-            optimizer.step()
-            optimizer.zero_grad()
+                    sums["rows"] += real.sum().item()
+                    largest = max([largest, *difference[real].tolist()])
+                    if not math.isfinite(loss.item()):
+                        suspects += [examples[chosen[b]].get("id") for b in part]
+            sums, largest = add_up(sums), max(gather(largest))
+            updated = this.update(sums["loss"], suspects or [examples[i].get("id") for i in chosen])
         times.append(time.time())
-        if not math.isfinite(sums["loss"]):
-            raise UserError(f"the loss is {sums['loss']} at step {step}: lower --lr")
 
         # log; of several updates the last
-        rows = max(sum(int((s.weight > 0).sum()) for s in streams), 1)
-        reward = rewards.mean().item()
+        rows, reward, tokens = max(sums["rows"], 1), rewards.mean().item(), sum(sizes)
         sampling, scoring, updating = np.diff(times).tolist()
-        log(dict(step=step, reward=reward, reward_std=rewards.std(1).mean().item(),
-                 zero_variance=equal.float().mean().item(), loss=sums["loss"], policy_loss=sums["loss"] - sums["kl_loss"], kl=sums["kl"] / rows,
-                 entropy=sums["entropy"] / rows, clipped=sums["clipped"] / rows, logp_diff=sums["logp_diff"] / rows,
-                 logp_diff_max=sums["logp_diff_max"], length=lengths.float().mean().item(), length_max=lengths.max().item(),
-                 truncated=1 - finished.float().mean().item(), grad_norm=grad_norm, lr=lr_at(step, cfg),
-                 tokens=sum(sizes), seconds_sampling=sampling, seconds_teacher=scoring, seconds_update=updating))
-        bar.set_postfix_str(f"reward {reward:.2f}" + (f" kl {sums['kl'] / rows:.3f}" if teacher else ""))
-    save(cfg.out, model, tokenizer)
+        this.log(dict(
+            reward=reward, reward_std=rewards.std(1).mean().item(), zero_variance=equal.float().mean().item(),
+            loss=sums["loss"], policy_loss=sums["loss"] - sums["kl_loss"], kl=sums["kl"] / rows,
+            entropy=sums["entropy"] / rows, clipped=sums["clipped"] / rows, logp_diff=sums["logp_diff"] / rows,
+            logp_diff_max=largest, length=lengths.float().mean().item(), length_max=lengths.max().item(),
+            truncated=1 - finished.float().mean().item(), **updated, tokens=tokens, seconds_sampling=sampling,
+            seconds_teacher=scoring, seconds_update=updating, sampled_per_second=lengths.sum().item() / sampling,
+            scored_per_second=tokens / scoring, trained_per_second=cfg.updates * tokens / updating))
+        this.bar.set_postfix_str(f"reward {reward:.2f}" + (f" kl {sums['kl'] / rows:.3f}" if teacher else ""))
+    this.finish()
 
 
 if __name__ == "__main__":

@@ -14,18 +14,28 @@ Letters used in all files:
     T tokens in a stream        P prompt tokens        G completions of one prompt       R completion tokens
     N rows that carry loss      D hidden size          H / K query / key-value heads     C head size      V vocabulary
 """
-import argparse, dataclasses, inspect, json, math, os, re, shutil, sys, time, unicodedata
+import argparse, dataclasses, datetime, inspect, json, math, os, re, shutil, signal, sys, time, unicodedata
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import regex  # comes with tiktoken
 import tiktoken
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.attention.bias import causal_lower_right
+from tqdm import tqdm
+
+try:
+    import fcntl, resource
+except ImportError:  # Windows: two runs in one directory are not noticed there, and peak memory reads 0
+    fcntl = resource = None
 
 
 class UserError(ValueError):
@@ -406,10 +416,11 @@ class Pack:
         """Lay out [(prompt_ids, [completion_ids, ...]), ...].
 
         silent: for each completion of each prompt, how many of its first tokens carry no loss (default 0). SFT uses it
-        for several questions on one document: the document is the prompt, question and answer the completion."""
+        for several questions on one document: the document is the prompt, question and answer the completion.
+        No examples make a stream of one token without loss, for ranks that have nothing to do."""
         tokens, positions, groups, rows, targets, seq = [], [], [], [], [], []
         count = 0
-        for e, (prompt, completions) in enumerate(examples):
+        for e, (prompt, completions) in enumerate(examples or [([0], [])]):
             if not prompt:
                 raise UserError("an empty prompt has no row to predict a completion from")
             P, last = len(prompt), len(tokens) + len(prompt) - 1
@@ -659,9 +670,10 @@ def file_name(parameter):
     return parameter if parameter == "lm_head.weight" else f"model.{parameter}"
 
 
-def load(path, dtype=torch.float32, device="cpu"):
+def load(path, dtype=torch.float32, device="cpu", sharded=False):
     """(Transformer, Tokenizer) of a Hugging Face directory. Names and shapes are checked before memory is taken, then each
-    tensor goes from the file straight to its place, so the peak is the model and one shard.
+    tensor goes from the file straight to its place, so the peak is the model and one shard. sharded: under torchrun, every
+    rank reads and keeps its own rows of each tensor only.
 
     Raises UserError for anything missing, extra, of the wrong shape or unsupported."""
     if not os.path.isdir(path):
@@ -694,60 +706,519 @@ def load(path, dtype=torch.float32, device="cpu"):
             raise UserError(f"{path}: tensor {name} is {found.get(name, 'missing')}, expected "
                             f"{expected.get(name, 'no such tensor')}")
 
+    sharded = sharded and dist.is_initialized()
+    if sharded:
+        shard(model.to(dtype), device).to_empty(device=device)
+        model.frequencies, model.rope_factor = rope_frequencies(config)
     for file in files:
-        with safe_open(file, framework="pt", device=str(device)) as f:
-            tensors = {name.removeprefix("model."): f.get_tensor(name).to(dtype) for name in f.keys() & expected.keys()}
-        model.load_state_dict(tensors, strict=False, assign=True)
+        with safe_open(file, framework="pt", device="cpu" if sharded else str(device)) as f:
+            tensors = {name.removeprefix("model."): name for name in f.keys() & expected.keys()}
+            if sharded:
+                for name, parameter in model.named_parameters():
+                    if name in tensors:
+                        read_part(f, tensors[name], parameter.detach())
+            else:
+                model.load_state_dict({name: f.get_tensor(stored).to(dtype) for name, stored in tensors.items()},
+                                      strict=False, assign=True)
     return model, tokenizer
 
 
+def read_part(file, name, tensor):
+    """Fill a tensor from an open safetensors file; of one that is sharded, this rank's rows. FSDP2 deals rows as chunk() does."""
+    if isinstance(tensor, DTensor):
+        rows, whole, tensor = -(-len(tensor) // world()), len(tensor), tensor.to_local()
+        first = min(rank() * rows, whole)
+        tensor.copy_(file.get_slice(name)[first:first + len(tensor)])
+    else:
+        tensor.copy_(file.get_tensor(name))
+
+
 def save(path, model, tokenizer):
-    """Write a Hugging Face directory: config, tokenizer files, safetensors in shards of at most 5 GB.
+    """Put a Hugging Face directory at `path`: config, tokenizer files, safetensors in shards of at most 5 GB.
 
-    All is written beside `path` and moved there at the end: whoever finds `path` finds it whole."""
-    path = os.path.normpath(path)  # no slash at the end
-    temporary, old = f"{path}.writing", f"{path}.old"
-    shutil.rmtree(temporary, ignore_errors=True)
-    os.makedirs(temporary)
-    weights = {file_name(name): p.detach() for name, p in model.named_parameters()}
-    shards, size = [{}], 0
-    for name, tensor in weights.items():
-        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    names = ["model.safetensors"] if len(shards) == 1 else [
-        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for name, shard in zip(names, shards):
-        save_file({n: t.contiguous().cpu() for n, t in shard.items()}, os.path.join(temporary, name), {"format": "pt"})
+    All is written beside, then moved in, config.json last: while a directory has one, it is whole. Other files stay.
+    Under torchrun every rank calls this, and rank 0 writes."""
+    path = os.path.normpath(path)
+    new = os.path.join(path, ".writing")
+    write_checkpoint(new, model, tokenizer)
+    if rank() == 0:
+        with writing(path):
+            old = [name for name in os.listdir(path) if ".safetensors" in name]
+            for name in [n for n in ["config.json", *old] if os.path.exists(os.path.join(path, n))]:
+                os.remove(os.path.join(path, name))
+            for name in sorted(os.listdir(new), key=lambda name: name == "config.json"):
+                os.replace(os.path.join(new, name), os.path.join(path, name))
+            os.rmdir(new)
+            flush_to_disk(path)
+    barrier()
 
+
+def write_checkpoint(path, model, tokenizer):
+    """Write the files of `save` into the new directory `path`."""
+    parameters = {file_name(name): p.detach() for name, p in model.named_parameters()}
+    names = write_tensors(path, "model", parameters)
+    if rank() > 0:
+        return
     stops = dict(bos_token_id=(tokenizer.bos or [None])[0], eos_token_id=tokenizer.stop_ids or None)
-    files = {"config.json": model.config.to_dict(model.embed_tokens.weight.dtype) | stops, "generation_config.json": stops}
-    if len(shards) > 1:
+    dtype = next(iter(parameters.values())).dtype
+    files = {"config.json": model.config.to_dict(dtype) | stops, "generation_config.json": stops}
+    if len(set(names.values())) > 1:
         files["model.safetensors.index.json"] = dict(
-            metadata=dict(total_size=sum(t.nbytes for t in weights.values())),
-            weight_map={name: file for file, shard in zip(names, shards) for name in shard})
+            metadata=dict(total_size=sum(p.numel() * p.element_size() for p in parameters.values())), weight_map=names)
     files = {name: json.dumps(content, indent=2).encode() for name, content in files.items()}
     for name, content in (files | tokenizer.files).items():
-        with open(os.path.join(temporary, name), "wb") as f:
-            f.write(content)
-    for name in os.listdir(temporary):
-        # safetensors makes files that only their owner can read
-        shutil.copymode(os.path.join(temporary, "config.json"), os.path.join(temporary, name))
-        with open(os.path.join(temporary, name), "rb") as f:
-            os.fsync(f.fileno())
-    shutil.rmtree(old, ignore_errors=True)
-    if os.path.isdir(path):  # a directory cannot be replaced in one step: move the old one away first
-        os.rename(path, old)
-        for name in os.listdir(old):  # what else lives there, such as metrics.jsonl, stays
-            if ".safetensors" not in name and not os.path.exists(os.path.join(temporary, name)):
-                os.rename(os.path.join(old, name), os.path.join(temporary, name))
-    os.rename(temporary, path)
-    shutil.rmtree(old, ignore_errors=True)
+        write_file(os.path.join(path, name), content)
 
 
-# --------------------------------------------------------------------------------------------------------------- running it
+def write_tensors(path, stem, tensors):
+    """Write named tensors as path/stem.safetensors, or in shards of at most SHARD_BYTES -> {name: file}.
+
+    The parts that other ranks hold are gathered tensor by tensor; only rank 0 keeps them, one shard at a time, and writes."""
+    shards, room = [], 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if not shards or size > room:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(name)
+        room -= size
+    names = [f"{stem}.safetensors"] if len(shards) == 1 else [
+        f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(names, shards):
+        whole = {}
+        for name in shard:
+            tensor = full(tensors[name])
+            if rank() == 0:
+                whole[name] = tensor.cpu().contiguous()
+        if rank() == 0:
+            with writing(path):
+                os.makedirs(path, exist_ok=True)
+                file = os.path.join(path, file)
+                save_file(whole, file, {"format": "pt"})
+                os.chmod(file, 0o666 & ~UMASK)  # safetensors makes files that only their owner can read
+                flush_to_disk(file)
+    return {name: file for file, shard in zip(names, shards) for name in shard}
+
+
+def write_file(path, content):
+    with writing(os.path.dirname(path)), open(path, "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def flush_to_disk(path):
+    """fsync of a file or directory that is already closed."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+@contextmanager
+def writing(path):
+    """Turn what a disk complains about into a UserError; the half-written rest in a .writing directory gives its space back."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if path.endswith(".writing"):
+            shutil.rmtree(path, ignore_errors=True)
+        raise UserError(f"cannot write to {path}: {error}; what was saved before is untouched") from None
+
+
+# ----------------------------------------------------------------------------------------------------------- many processes
+
+def init():
+    """The device of this process. Under torchrun it joins the others: NCCL with CUDA, gloo without."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        # a rank that waits longer than this for the others ends the run: they may be dead on another node
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=60))
+    return device
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    gather(None)
+
+
+def gather(value):
+    """A picklable value of every rank, in their order."""
+    if world() == 1:
+        return [value]
+    values = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def add_up(sums):
+    """{name: number} added up over the ranks."""
+    parts = gather(sums)
+    return {name: sum(part[name] for part in parts) for name in sums}
+
+
+def spread(costs):
+    """Deal out jobs so that the ranks finish together, longest first, each to whom has least -> indices of each rank."""
+    shares, loads = [[] for _ in range(world())], [0] * world()
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        least = loads.index(min(loads))
+        shares[least].append(i)
+        loads[least] += costs[i]
+    return [sorted(share) for share in shares]
+
+
+def share_out(work, costs):
+    """work(indices) -> a result for each: every rank does its share, and all get all results, in order."""
+    mine = spread(costs)[rank()]
+    results = {i: result for part in gather(list(zip(mine, work(mine)))) for i, result in part}
+    return [results[i] for i in range(len(costs))]
+
+
+def my_streams(streams, sizes):
+    """This rank's share of the streams of a step, filled up with empty ones: with FSDP2 all ranks must run the model equally
+    often, for each gives its part of the weights to the others."""
+    shares = spread(sizes)
+    mine = [streams[i] for i in shares[rank()]]
+    return mine + [[]] * (max(map(len, shares)) - len(mine))
+
+
+def shard(model, device):
+    """FSDP2: every rank keeps a part of each matrix; a layer's matrices are gathered while it is computed.
+
+    The outermost group (embedding, last norm, head) stays whole from its forward to its backward: the head is used outside
+    the model's forward. Gradients are summed over the ranks in fp32, not averaged: our losses are sums over a global count."""
+    mesh = dist.init_device_mesh(device.type, (world(),))
+    cuda = device.type == "cuda"
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if cuda else None, reduce_dtype=torch.float32,
+                                  cast_forward_inputs=False)  # RoPE tables stay fp32
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in [*model.layers, model]:
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no other kind
+    return model
+
+
+def full(tensor):
+    """The whole of a tensor that may be sharded; every rank must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def whole(model):
+    """The model as the sampler wants it: all weights on this device, in the dtype of the arithmetic. A copy for as long as
+    the block lasts; the model itself where it already is like that."""
+    dtype = model.compute_dtype or model.embed_tokens.weight.dtype
+    if not dist.is_initialized() and dtype == model.embed_tokens.weight.dtype:
+        yield model
+        return
+    with torch.device("meta"):
+        copy = Transformer(model.config)
+    copy.n_vocab = model.n_vocab
+    copy.load_state_dict({name: full(p.detach().to(dtype)) for name, p in model.named_parameters()}, assign=True)
+    yield copy
+
+
+def load_student(path, device):
+    """fp32 weights for the optimizer, sharded under torchrun; on CUDA the arithmetic is bf16."""
+    model, tokenizer = load(path, torch.float32, device, sharded=True)
+    model.compute_dtype = torch.bfloat16 if device.type == "cuda" else None
+    return model, tokenizer
+
+
+def load_teacher(path, device, tokenizer):
+    """A frozen model in bf16 (fp32 on the CPU) whose tokenizer must give the same ids as the student's."""
+    teacher, its_tokenizer = load(path, torch.bfloat16 if device.type == "cuda" else torch.float32, device, sharded=True)
+    if not tokenizer.same_encoding(its_tokenizer):
+        raise UserError(f"the teacher {path} encodes text otherwise than the student ({its_tokenizer.n_vocab} and "
+                        f"{tokenizer.n_vocab} ids): the KL between them has no meaning; choose a teacher of the same family")
+    return teacher.requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------------------- training runs
+
+UMASK = os.umask(0)
+os.umask(UMASK)  # there is no other way to read it
+MAX_SKIPPED = 5  # steps with a loss or gradient that is not finite, until a run gives up
+NO_MATTER = {"out", "micro", "save_every", "resume", "until", "plot", "teacher_offload"}  # flags that change no result
+
+
+def adamw(model, lr, weight_decay=0.0):
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+
+
+def lr_at(step, cfg):
+    """Learning rate at a step: linear warm-up, then constant (the paper) or a cosine down to a tenth."""
+    warm = min(1.0, (step + 1) / max(cfg.warmup, 1))
+    if cfg.schedule == "cosine":
+        return cfg.lr * warm * (0.55 + 0.45 * math.cos(math.pi * step / max(cfg.steps, 1)))
+    return cfg.lr * warm
+
+
+def peak_memory():
+    """Most memory taken so far in GB: on the GPU if there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9 if resource else 0.0
+
+
+class Log:
+    """metrics.jsonl of a directory that one run at a time may use: what was run, then rows. Rank 0 writes."""
+
+    def __init__(self, cfg, what):
+        """Look, and write nothing yet. Refuses the directory of a run with another configuration, and one that is not ours."""
+        self.cfg, self.what, self.path = cfg, what, os.path.join(cfg.out, "metrics.jsonl")
+        self.config = dataclasses.asdict(cfg)
+        if rank() > 0 or not os.path.isdir(cfg.out):
+            return
+        if not os.path.exists(self.path):
+            if set(os.listdir(cfg.out)) - {".lock"}:
+                raise UserError(f"{cfg.out} is not empty and holds no run of ours: choose another --out")
+            return
+        with open(self.path, "rb") as f:
+            first = f.readline()
+        try:
+            before = json.loads(first)["config"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{self.path} is not ours: choose another --out, or move it away") from None
+        changed = [f"{k}: {before.get(k)!r} there, {v!r} now" for k, v in self.config.items()
+                   if k not in NO_MATTER and before.get(k) != v]
+        if changed:
+            raise UserError(f"{cfg.out} holds a run of another configuration ({'; '.join(changed)}): choose another --out, "
+                            "or delete it")
+
+    def begin(self, keep):
+        """Lock the directory and open the file, with the rows of before for which keep(row)."""
+        if rank() > 0:
+            return
+        with writing(self.cfg.out):
+            os.makedirs(self.cfg.out, exist_ok=True)
+            self.lock = open(os.path.join(self.cfg.out, ".lock"), "w")
+        try:
+            if fcntl:  # the system lets go of it when the process ends, however it ends
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another run is writing to {self.cfg.out}: choose another --out, or wait") from None
+        head = dict(what=self.what, command=sys.argv, config=self.config, torch=torch.__version__, numpy=np.__version__,
+                    python=sys.version.split()[0], device=torch.cuda.get_device_name() if torch.cuda.is_available()
+                    else f"cpu, {torch.get_num_threads()} threads", world=world(), time=time.strftime("%Y-%m-%d %H:%M:%S"))
+        lines = [json.dumps(row) for row in [head, *filter(keep, read_rows(self.path)[1:])]]
+        write_file(self.path + ".writing", "".join(line + "\n" for line in lines).encode())
+        os.replace(self.path + ".writing", self.path)
+        self.file = open(self.path, "a", encoding="utf-8")
+
+    def __call__(self, row):
+        if rank() == 0:
+            with writing(self.cfg.out):
+                self.file.write(json.dumps(row) + "\n")
+                self.file.flush()
+
+    def close(self):
+        if rank() == 0:
+            self.file.close()
+            self.lock.close()
+            os.remove(self.lock.name)
+
+
+def read_rows(path):
+    """The rows of a JSONL file of ours; a last line that a killed run left unfinished is dropped."""
+    rows = []
+    if os.path.exists(path):
+        with open(path, "rb") as f:
+            for line in f:
+                try:
+                    rows.append(json.loads(line))
+                except ValueError:
+                    break
+    return rows
+
+
+class Run:
+    """A training run in cfg.out: its log, the checkpoints it goes on from, its end by signal or by success.
+
+        run = Run(cfg, "sft")                        looks at cfg.out, and writes nothing yet
+        if run.finished: return
+        model, tokenizer = load_student(run.source, device)
+        run.begin(model, tokenizer, optimizer)       from here on the directory is ours
+        for step in run.steps():
+            ...                                      gradients
+            norm = run.update(loss, suspects)        the optimizer's step
+            run.log(row)
+        run.finish()                                 cfg.out is a Hugging Face directory now
+
+    Whatever a step draws depends on (seed, step) alone, so a checkpoint is the model, the optimizer and a number. Model and
+    optimizer are stored whole, in safetensors: any number of ranks can go on from them."""
+
+    def __init__(self, cfg, what):
+        self.cfg, self.what, self.log_file = cfg, what, Log(cfg, what)
+        self.step = self.skipped = 0
+        # rank 0 looks: it may be writing already when the others come here
+        self.finished, self.checkpoint = gather(self._look() if rank() == 0 else None)[0]
+        self.source = self.checkpoint or cfg.model  # where the weights come from
+        if self.finished and rank() == 0:
+            print(f"{cfg.out} is finished: nothing to do (--no-resume trains it anew)", file=sys.stderr)
+
+    def _look(self):
+        """(whether the run has ended, path of the newest checkpoint or None). A name without .writing is a whole checkpoint."""
+        if not self.cfg.resume or not os.path.exists(self.log_file.path):
+            return False, None
+        if os.path.exists(os.path.join(self.cfg.out, "config.json")):
+            return True, None
+        steps = sorted(name for name in os.listdir(self.cfg.out) if re.fullmatch(r"step-\d{6,}", name))
+        return False, os.path.join(self.cfg.out, steps[-1]) if steps else None
+
+    def begin(self, model, tokenizer, optimizer):
+        """Take the directory, and go on from the checkpoint if there is one."""
+        self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
+        if self.checkpoint:
+            self._restore()
+        self._check_disk()
+        self.log_file.begin(keep=lambda row: row.get("step", self.step) < self.step)
+        if rank() == 0:
+            with writing(self.cfg.out):
+                self._prune(self.checkpoint)
+                for name in ["config.json", "nonfinite.jsonl"] if self.checkpoint is None else []:
+                    if os.path.exists(os.path.join(self.cfg.out, name)):
+                        os.remove(os.path.join(self.cfg.out, name))
+        barrier()
+
+    def steps(self):
+        """The steps that are left. Between them: checkpoints, and an end if SIGTERM or SIGINT came (twice: at once)."""
+        stop = []
+
+        def on_signal(number, frame):
+            if number in stop:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            stop.append(number)
+
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.bar = tqdm(range(self.step, self.cfg.steps), desc=f"{self.what:8} {self.cfg.out}", initial=self.step,
+                        total=self.cfg.steps, disable=rank() > 0)
+        try:
+            for step in self.bar:
+                yield step
+                self.step = step + 1
+                stopped = [number for numbers in gather(stop) for number in numbers]
+                if stopped or self.step % self.cfg.save_every == 0 and self.step < self.cfg.steps:
+                    self._save_checkpoint()
+                if stopped:
+                    self.bar.close()
+                    name = signal.Signals(stopped[0]).name
+                    if rank() == 0:
+                        print(f"{name}: stopped after step {self.step} of {self.cfg.steps}; the same command goes on from "
+                              f"{self.checkpoint}", file=sys.stderr)
+                    sys.exit(128 + stopped[0])
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def update(self, loss, suspects):
+        """Clip the gradient and step the optimizer -> what the log says of it: grad_norm (before clipping), lr, skipped.
+
+        A loss (summed over all ranks) or norm that is not finite skips the step; suspects, this rank's ids of the examples
+        that may be the cause, go to nonfinite.jsonl. Raises UserError when that has happened MAX_SKIPPED times."""
+        lr = self.optimizer.param_groups[0]["lr"] = lr_at(self.step, self.cfg)
+        norm = full(nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip)).item()
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.optimizer.step()
+        else:
+            self.skipped += 1
+            ids = [i for part in gather(suspects) for i in part]
+            path = os.path.join(self.cfg.out, "nonfinite.jsonl")
+            if rank() == 0:
+                with writing(self.cfg.out), open(path, "a", encoding="utf-8") as f:
+                    f.write(json.dumps(dict(step=self.step, loss=loss, grad_norm=norm, examples=ids)) + "\n")
+            if self.skipped == MAX_SKIPPED:
+                raise UserError(f"step {self.step}: loss {loss}, gradient norm {norm}, for the {self.skipped}th time: lower --lr, "
+                                f"or look at the examples named in {path}")
+        self.optimizer.zero_grad()
+        return dict(grad_norm=norm, lr=lr, skipped=self.skipped)
+
+    def log(self, row):
+        self.log_file(dict(step=self.step, **row, memory_gb=peak_memory()))
+
+    def finish(self):
+        save(self.cfg.out, self.model, self.tokenizer)
+        if rank() == 0:
+            self._prune(None)
+            self.log_file.close()
+        barrier()
+
+    def _check_disk(self):
+        """Two checkpoints of weights and two moments exist for a moment, and at the end the weights once more."""
+        place = os.path.abspath(self.cfg.out)
+        while not os.path.exists(place):
+            place = os.path.dirname(place)
+        need, free = 7 * sum(p.numel() * p.element_size() for p in self.model.parameters()), shutil.disk_usage(place).free
+        if need > free:
+            raise UserError(f"{self.cfg.out}: checkpoints need {need / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free")
+
+    def _save_checkpoint(self):
+        path = os.path.join(self.cfg.out, f"step-{self.step:06d}")
+        new = path + ".writing"
+        write_checkpoint(new, self.model, self.tokenizer)
+        state = {f"{name}:{key}": value for name, p in self.model.named_parameters()
+                 for key, value in self.optimizer.state[p].items()}
+        write_tensors(new, "optimizer", state)
+        if rank() == 0:
+            write_file(os.path.join(new, "state.json"), json.dumps(dict(step=self.step, skipped=self.skipped)).encode())
+            with writing(new):
+                flush_to_disk(new)
+                os.rename(new, path)
+                flush_to_disk(self.cfg.out)
+            self._prune(path)
+        self.checkpoint = path
+        barrier()
+
+    def _prune(self, kept):
+        """Remove checkpoints and half-written ones, except `kept`."""
+        for name in os.listdir(self.cfg.out):
+            path = os.path.join(self.cfg.out, name)
+            if path != kept and (name.startswith("step-") or name == ".writing"):
+                shutil.rmtree(path)
+
+    def _restore(self):
+        if Config.from_dir(self.checkpoint) != Config.from_dir(self.cfg.model):
+            raise UserError(f"{self.checkpoint} was made from a model of another shape than --model {self.cfg.model}: delete it, "
+                            "or use --no-resume")
+        state = read_json(os.path.join(self.checkpoint, "state.json"))
+        self.step, self.skipped = state.get("step"), state.get("skipped")
+        if not isinstance(self.step, int) or not isinstance(self.skipped, int):
+            raise UserError(f"{self.checkpoint}/state.json needs step and skipped, found {state}: delete the directory to "
+                            "start anew")
+        parameters, found = dict(self.model.named_parameters()), set()
+        names = [name for name in os.listdir(self.checkpoint) if re.fullmatch(r"optimizer.*\.safetensors", name)]
+        for file in sorted(os.path.join(self.checkpoint, name) for name in names):
+            try:
+                with safe_open(file, framework="pt") as f:
+                    for entry in f.keys():
+                        name, _, key = entry.rpartition(":")
+                        p = parameters[name].detach()
+                        value = torch.zeros_like(p) if f.get_slice(entry).get_shape() else torch.zeros((), device=p.device)
+                        read_part(f, entry, value)
+                        self.optimizer.state[parameters[name]][key] = value
+                        found.add(name)
+            except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+                raise UserError(f"{file} is no optimizer state of this model ({error}): delete {self.checkpoint} to go on from "
+                                "the start") from None
+        if found != parameters.keys():
+            raise UserError(f"{self.checkpoint}: the optimizer's state of {sorted(parameters.keys() - found)[:3]} is missing: delete "
+                            "the directory to start anew")
+
+
+# ------------------------------------------------------------------------------------------------------------- command line
 
 def cli(Config):
     """Command line -> Config. Every field of the dataclass is a flag, its comment is the help text: defaults and words
@@ -770,11 +1241,22 @@ def cli(Config):
 
 def run(main, Config):
     """Guard of every script: mistakes of the user end in one line and exit code 2, bugs keep their traceback."""
+    code = 0
     try:
         main(cli(Config))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except SystemExit as end:
+        code = end.code
+    except (UserError, torch.OutOfMemoryError) as error:
+        code, text = 2, str(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            text = f"out of GPU memory: lower --micro, --max-new or --group, or use more GPUs ({text.splitlines()[0]})"
+        if rank() > 0:
+            time.sleep(2)  # if all ranks have the same to say, rank 0 says it, and torchrun ends the others meanwhile
+        print(f"error: {text}", file=sys.stderr)
+    if dist.is_initialized():  # gloo's threads now and then abort an interpreter that ends in order
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def check_flags(cfg, positive, **choices):
@@ -785,69 +1267,3 @@ def check_flags(cfg, positive, **choices):
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
             raise UserError(f"--{name} {getattr(cfg, name)}: choose one of {', '.join(allowed)}")
-
-
-def pick_device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def load_student(path, device):
-    """fp32 weights for the optimizer; on CUDA the arithmetic is bf16."""
-    model, tokenizer = load(path, torch.float32, device)
-    model.compute_dtype = torch.bfloat16 if device.type == "cuda" else None
-    return model, tokenizer
-
-
-def load_teacher(path, device, tokenizer):
-    """A frozen model in bf16 (fp32 on the CPU) whose tokenizer must give the same ids as the student's."""
-    teacher, its_tokenizer = load(path, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
-    if not tokenizer.same_encoding(its_tokenizer):
-        raise UserError(f"the teacher {path} encodes text otherwise than the student ({its_tokenizer.n_vocab} and "
-                        f"{tokenizer.n_vocab} ids): the KL between them has no meaning; choose a teacher of the same family")
-    return teacher.requires_grad_(False)
-
-
-def adamw(model, lr, weight_decay=0.0):
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
-
-
-def lr_at(step, cfg):
-    """Learning rate at a step: linear warm-up, then constant (the paper) or a cosine down to a tenth."""
-    warm = min(1.0, (step + 1) / max(cfg.warmup, 1))
-    if cfg.schedule == "cosine":
-        return cfg.lr * warm * (0.55 + 0.45 * math.cos(math.pi * step / max(cfg.steps, 1)))
-    return cfg.lr * warm
-
-
-def start_run(cfg, what):
-    """Create cfg.out and its metrics.jsonl; return log(row), which appends a row.
-
-    The first line tells what was run. A directory that holds another configuration's run is refused, not overwritten."""
-    path, config = os.path.join(cfg.out, "metrics.jsonl"), dataclasses.asdict(cfg)
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            first = f.readline()
-        try:
-            before = json.loads(first)["config"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is not ours: choose another --out, or move it away") from None
-        changed = [f"{k}: {before.get(k)!r} there, {v!r} now" for k, v in config.items() if before.get(k) != v]
-        if changed:
-            raise UserError(f"{cfg.out} holds a run of another configuration ({'; '.join(changed)}): choose another --out, "
-                            "or delete it")
-    elif os.path.isdir(cfg.out) and os.listdir(cfg.out):
-        raise UserError(f"{cfg.out} is not empty and holds no run of ours: choose another --out")
-    try:
-        os.makedirs(cfg.out, exist_ok=True)
-        log = open(path, "w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write to {cfg.out}: {error}") from None
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-
-    def write(row):
-        log.write(json.dumps(row) + "\n")
-        log.flush()
-
-    write(dict(what=what, command=sys.argv, config=config, torch=torch.__version__, numpy=np.__version__,
-               python=sys.version.split()[0], device=device, time=time.strftime("%Y-%m-%d %H:%M:%S")))
-    return write

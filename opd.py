@@ -19,11 +19,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from kernels import token_loss, token_stats
-from model import (Pack, UserError, adamw, check_flags, load_student, load_teacher, lr_at, pick_device, run, save,
-                   split_by_size, start_run)
+from model import (Pack, Run, UserError, adamw, add_up, check_flags, init, load_student, load_teacher, my_streams, run,
+                   share_out, split_by_size, whole)
 from rollout import Completion, data_order, demonstration, generate, prompt_ids, read_examples
 
 
@@ -51,6 +50,8 @@ class Config:
     jsd_weight: float = 0.5             # weight of the teacher in jsd's mixture
     top_k: int = 0                      # > 0: the KL within the teacher's so many likeliest tokens, both sides renormalised
     seed: int = 0                       # order of the data and sampling noise
+    save_every: int = 20                # steps between checkpoints to go on from
+    resume: bool = True                 # go on from the newest checkpoint in --out, if there is one
 
 
 # -------------------------------------------------------------------------------------------------------------------- losses
@@ -81,7 +82,7 @@ def sampled_divergence(logp, logp_teacher, kind):
 # ---------------------------------------------------------------------------------------------------------------------- main
 
 def check(cfg):
-    check_flags(cfg, ["batch", "group", "max_new"], kl=("reverse", "forward", "jsd", "k1", "k2"),
+    check_flags(cfg, ["batch", "group", "max_new", "save_every"], kl=("reverse", "forward", "jsd", "k1", "k2"),
                 schedule=("constant", "cosine"))
     if not 0 <= cfg.lam <= 1:
         raise UserError(f"--lam {cfg.lam}: a share lies between 0 and 1")
@@ -95,8 +96,10 @@ def check(cfg):
 
 def main(cfg):
     check(cfg)
-    device = pick_device()
-    model, tokenizer = load_student(cfg.model, device)
+    device, this = init(), Run(cfg, "opd")
+    if this.finished:
+        return
+    model, tokenizer = load_student(this.source, device)
     teacher = load_teacher(cfg.teacher, device, tokenizer)
     examples = read_examples(cfg.data, cfg.response_field if cfg.lam < 1 else None)
     if not 0 <= cfg.top_k <= model.n_vocab:
@@ -107,22 +110,23 @@ def main(cfg):
     if longest > cfg.micro:
         raise UserError(f"--micro {cfg.micro}: the longest prompt with its {cfg.group} completions can take {longest} "
                         "tokens")
-    log = start_run(cfg, "opd")
-    optimizer = adamw(model, cfg.lr)
+    this.begin(model, tokenizer, adamw(model, cfg.lr))
     sampled = cfg.kl in ("k1", "k2")
     options = dict(temperature=cfg.temperature, vocab=model.n_vocab)
     if not sampled:
         options |= dict(kl=cfg.kl, jsd_weight=cfg.jsd_weight, top_k=cfg.top_k)
 
-    bar = tqdm(range(cfg.steps), desc=f"{'opd':8} {cfg.out}")
-    for step in bar:
+    for step in this.steps():
         # completions: the student's own, or with probability 1 - lam the demonstration
         times = [time.time()]
         chosen = data_order(len(examples), cfg.batch, step, cfg.seed)
         # numpy pads seeds with zeros: (seed, step) alone would repeat the noise of the step's first completion
         own = np.random.default_rng([cfg.seed, step, cfg.batch]).random(cfg.batch) < cfg.lam         # [B]
-        sampled_groups = iter(generate(model, [prompts[i] for i, mine in zip(chosen, own) if mine], cfg.group,
-                                       cfg.max_new, cfg.temperature, stop_ids=tokenizer.stop_ids, seed=(cfg.seed, step)))
+        asked = [prompts[i] for i, mine in zip(chosen, own) if mine]
+        with whole(model) as sampler:
+            sampled_groups = iter(share_out(lambda mine: generate(
+                sampler, [asked[j] for j in mine], cfg.group, cfg.max_new, cfg.temperature, stop_ids=tokenizer.stop_ids,
+                seed=(cfg.seed, step), numbers=mine), [len(prompt) for prompt in asked]))
         completions = []
         for i, mine in zip(chosen, own):
             completions.append(next(sampled_groups) if mine else [Completion(written[i], [0.0] * len(written[i]), True)])
@@ -132,14 +136,13 @@ def main(cfg):
 
         # distil: all streams make one optimizer step
         times.append(time.time())
-        optimizer.param_groups[0]["lr"] = lr_at(step, cfg)
-        sums, seen = dict.fromkeys(("loss", "kl", "entropy"), 0.0), 0
+        sums, suspects = dict.fromkeys(("loss", "kl", "entropy"), 0.0), []
         sizes = [len(prompts[i]) + sum(len(c.tokens) for c in group) for i, group in zip(chosen, completions)]
-        for part in split_by_size(range(cfg.batch), sizes, cfg.micro):
+        parts = split_by_size(range(cfg.batch), sizes, cfg.micro)
+        weights = weight.split([len(group) for group in completions])
+        for part in my_streams(parts, [sum(sizes[b] for b in part) for part in parts]):
             pack = Pack.build([(prompts[chosen[b]], [c.tokens for c in completions[b]]) for b in part], device)
-            count = sum(len(completions[b]) for b in part)
-            w = weight[seen:seen + count].to(device)[pack.seq]                                       # [N]
-            seen += count
+            w = torch.cat([weight[:0], *(weights[b] for b in part)]).to(device)[pack.seq]            # [N]
             with torch.no_grad():
                 teacher_hidden = teacher(pack)[pack.rows]                                            # [N, D of the teacher]
             head = (model(pack)[pack.rows], model.head_weight, pack.targets)
@@ -157,22 +160,23 @@ def main(cfg):
             sums["loss"] += loss.item()
             sums["kl"] += kl.sum().item()
             sums["entropy"] += stats.entropy.sum().item()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
-        optimizer.step()
-        optimizer.zero_grad()
+            if not math.isfinite(loss.item()):
+                suspects += [examples[chosen[b]].get("id") for b in part]
+        sums = add_up(sums)
+        updated = this.update(sums["loss"], suspects or [examples[i].get("id") for i in chosen])
         times.append(time.time())
-        if not math.isfinite(sums["loss"]):
-            raise UserError(f"the loss is {sums['loss']} at step {step}: lower --lr")
 
         # log
-        rows = int(lengths.sum())
+        rows, tokens = int(lengths.sum()), sum(sizes)
         sampling, updating = np.diff(times).tolist()
-        log(dict(step=step, loss=sums["loss"], kl=sums["kl"] / rows, entropy=sums["entropy"] / rows,
-                 on_policy=float(own.mean()), length=lengths.float().mean().item(), length_max=lengths.max().item(),
-                 truncated=sum(not c.finished for c in everyone) / len(everyone), grad_norm=grad_norm, lr=lr_at(step, cfg),
-                 tokens=sum(sizes), seconds_sampling=sampling, seconds_update=updating))
-        bar.set_postfix_str(f"kl {sums['kl'] / rows:.3f}")
-    save(cfg.out, model, tokenizer)
+        this.log(dict(
+            loss=sums["loss"], kl=sums["kl"] / rows, entropy=sums["entropy"] / rows, on_policy=float(own.mean()),
+            length=lengths.float().mean().item(), length_max=lengths.max().item(),
+            truncated=sum(not c.finished for c in everyone) / len(everyone), **updated, tokens=tokens,
+            seconds_sampling=sampling, seconds_update=updating, sampled_per_second=rows / sampling,
+            trained_per_second=tokens / updating))
+        this.bar.set_postfix_str(f"kl {sums['kl'] / rows:.3f}")
+    this.finish()
 
 
 if __name__ == "__main__":

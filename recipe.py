@@ -21,7 +21,7 @@ Three short tasks without a document (sum, reverse, copy) stand for the skills t
     python recipe.py --student DIR --teacher DIR --train-len 8192  with checkpoints of your own
 """
 import json, math, os, time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import regex
@@ -29,8 +29,8 @@ import torch
 from tqdm import tqdm
 
 import grpo, opd, sft
-from model import (PRESETS, QWEN_PATTERN, Tokenizer, UserError, check_flags, load, new_model, pick_device, run, save,
-                   start_run, tiny_tokenizer)
+from model import (PRESETS, QWEN_PATTERN, Log, Tokenizer, UserError, barrier, check_flags, gather, init, load,
+                   new_model, rank, read_rows, run, save, tiny_tokenizer, write_file)
 from model import Config as ModelConfig
 from rollout import evaluate, prompt_messages, read_examples
 
@@ -58,6 +58,9 @@ class Config:
     beta: float = 0.5               # weight of the KL to the teacher
     test_n: int = 64                # test examples per task and length
     seed: int = 0                   # data, weights and sampling
+    save_every: int = 20            # steps between checkpoints to go on from
+    resume: bool = True             # go on where a run in --out stopped; arms that are done are not trained again
+    plot: str = ""                  # draw the metrics.jsonl files below this directory into its metrics.png, and stop
 
 
 # --------------------------------------------------------------------------------------------------------------------- tasks
@@ -256,13 +259,14 @@ def write_data(cfg, tokenizer):
                   test=test())
     if not cfg.student:
         splits["base"] = mixed("base", 5000, BASE_LENS, 8, 0.7)
-    paths = {}
-    os.makedirs(os.path.join(cfg.out, "data"), exist_ok=True)
-    for name, lists in splits.items():
-        paths[name] = os.path.join(cfg.out, "data", f"{name}.jsonl")
-        with open(paths[name], "w", encoding="utf-8") as f:
+    paths = {name: os.path.join(cfg.out, "data", f"{name}.jsonl") for name in splits}
+    for name, lists in splits.items() if rank() == 0 else []:
+        os.makedirs(os.path.dirname(paths[name]), exist_ok=True)
+        with open(paths[name] + ".writing", "w", encoding="utf-8") as f:
             for examples in tqdm(lists, desc=f"{'data':8} {paths[name]}", unit=" documents"):
                 f.writelines(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
+        os.replace(paths[name] + ".writing", paths[name])
+    barrier()
     return paths
 
 
@@ -329,8 +333,9 @@ def main(cfg):
         if not tokenizer.same_encoding(Tokenizer.from_dir(cfg.teacher)):
             raise UserError(f"the teacher {cfg.teacher} encodes text otherwise than the student {cfg.student}: choose "
                             "one of the same family")
-    # a run that stopped early may go on in the same place
-    log, device, began = start_run(replace(cfg, until=""), "recipe"), pick_device(), time.time()
+    device, began = init(), time.time()
+    log = Log(cfg, "recipe")
+    log.begin(keep=lambda row: cfg.resume)  # of a run that stopped, the arms that are done
 
     def at(name):
         return os.path.join(cfg.out, name)
@@ -341,7 +346,7 @@ def main(cfg):
         save(at("init"), new_model(ModelConfig(vocab_size=rows, **PRESETS["tiny-student"]), cfg.seed), tokenizer)
     data = write_data(cfg, tokenizer)
     ctx = cfg.test_len + cfg.max_new
-    common = dict(ctx=ctx, seed=cfg.seed, micro=cfg.micro)
+    common = dict(ctx=ctx, seed=cfg.seed, micro=cfg.micro, save_every=cfg.save_every, resume=cfg.resume)
 
     def fine_tune(name, model, data, steps, lr, **options):
         sft.main(sft.Config(model=model, data=data, out=at(name), steps=steps, lr=lr, **common, **options))
@@ -367,7 +372,8 @@ def main(cfg):
     if last >= 3:
         start = fine_tune("sft", base, data["sft"], cfg.sft_steps, cfg.sft_lr)
     if last < len(stages):
-        print(f"stopped after {cfg.until}, as --until says")
+        if rank() == 0:
+            print(f"stopped after {cfg.until}, as --until says")
         return
     dgrpo = dict(teacher=teacher, beta=cfg.beta)
     arms = {"teacher": lambda: teacher, "base": lambda: base, "+SFT": lambda: start,
@@ -375,20 +381,23 @@ def main(cfg):
             "SFT+OPD": lambda: reinforce(opd, "sft-opd", start, teacher=teacher),
             "SFT+dGRPO": lambda: reinforce(grpo, "sft-dgrpo", start, **dgrpo),
             "dGRPO without SFT": lambda: reinforce(grpo, "dgrpo", base, **dgrpo)}
-    test, results = read_examples(data["test"]), []
-    for arm, train in arms.items():
+    test, done = read_examples(data["test"]), gather(read_rows(log.path)[1:] if rank() == 0 else None)[0]
+    results = {row["arm"]: row for row in done}
+    for arm in [arm for arm in arms if arm not in results]:
         began_arm = time.time()
-        path = train()
+        path = arms[arm]()
         seconds = time.time() - began_arm
         model, tokenizer = load(path, device=device)
         rows = evaluate(model, tokenizer, test, ctx, cfg.max_new, seed=cfg.seed, progress=f"{'test':8} {arm}")
-        results.append(dict(arm=arm, seed=cfg.seed, **summary(rows), n=len(test), steps=cfg.rl_steps, seconds=seconds,
-                            scores=rows))
-        log(results[-1])
-    with open(at("results.jsonl"), "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(r) + "\n" for r in results)
-    with open(at("results.md"), "w", encoding="utf-8") as f:
-        f.write(table(results) + "\n")
+        results[arm] = dict(arm=arm, seed=cfg.seed, **summary(rows), n=len(test), steps=cfg.rl_steps, seconds=seconds,
+                            scores=rows)
+        log(results[arm])
+    log.close()
+    if rank() > 0:
+        return
+    results = [results[arm] for arm in arms]
+    write_file(at("results.jsonl"), "".join(json.dumps(r) + "\n" for r in results).encode())
+    write_file(at("results.md"), f"{table(results)}\n".encode())
     print(f"\nMean score in %, ± standard error; {cfg.test_n} test examples per task and length, {cfg.test_len} tokens is a "
           f"length no stage has seen.\n\n{table(results)}\n\nThis took {(time.time() - began) / 60:.1f} minutes; see {cfg.out}/.")
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import UserError, causal_attention, load, pick_device, run
+from model import UserError, causal_attention, init, load, run
 
 # ----------------------------------------------------------------------------------------------------------------- examples
 
@@ -245,7 +245,7 @@ def pick(logits, noise, temperature, top_p=1.0, top_k=0, min_p=0.0):
 
 @torch.no_grad()
 def generate(model, prompts, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, presence_penalty=0.0,
-             stop_ids=(), seed=0, chunk=2048, kv_tokens=2**18, on_done=None):
+             stop_ids=(), seed=0, chunk=2048, kv_tokens=2**18, on_done=None, numbers=None):
     """Sample n completions of each prompt -> [[Completion, ...n], ...], in the order of the prompts.
 
     prompts are lists of token ids. temperature 0 is greedy. presence_penalty is subtracted from the logits of tokens that
@@ -276,7 +276,7 @@ def generate(model, prompts, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0
         waves[-1].append(i)
     sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
     for wave in waves:
-        noise = np.stack([np.random.default_rng([*seed, i, j]).random(max_new_tokens, dtype=np.float32)
+        noise = np.stack([np.random.default_rng([*seed, numbers[i] if numbers else i, j]).random(max_new_tokens, dtype=np.float32)
                           for i in wave for j in range(n)])
         sample_wave(model, [prompts[i] for i in wave], n, max_new_tokens, noise, sampling, presence_penalty, stop_ids, chunk,
                     lambda which, *rest: finish(wave[which // n] * n + which % n, *rest))
@@ -449,7 +449,7 @@ def main(cfg):
         raise UserError("nothing to complete: give --prompt or --prompt-file")
     if cfg.context_file:
         text = read_text(cfg.context_file) + "\n\n" + text
-    device = pick_device()
+    device = init()
     model, tokenizer = load(cfg.model, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
     chat = [dict(role="user", content=text)]
     ids = tokenizer.chat(chat, cfg.think) if cfg.chat else tokenizer.bos + tokenizer.encode(text)
@@ -458,10 +458,10 @@ def main(cfg):
         end = "" if completion.finished else f"\n[cut off at {cfg.max_new} tokens, see --max-new]"
         print(f"--- completion {i + 1} of {cfg.n}\n{completion_text(tokenizer, completion)}{end}", flush=True)
 
-    start = time.time()
+    began = time.time()
     completions = generate(model, [ids], cfg.n, cfg.max_new, cfg.temperature, cfg.top_p, cfg.top_k, cfg.min_p,
                            cfg.presence_penalty, tokenizer.stop_ids, cfg.seed, on_done=show)[0]
-    seconds, count = time.time() - start, sum(len(c.tokens) for c in completions)
+    seconds, count = time.time() - began, sum(len(c.tokens) for c in completions)
     print(f"--- {len(ids)} prompt tokens, {count} new tokens in {seconds:.1f} s: {count / seconds:.1f} new tokens/s",
           file=sys.stderr)
 

@@ -15,11 +15,8 @@ What differs from the usual script:
 import math, os, time
 from dataclasses import dataclass
 
-import torch
-from tqdm import tqdm
-
 from kernels import token_loss
-from model import Pack, UserError, adamw, check_flags, load_student, lr_at, pick_device, run, save, split_by_size, start_run
+from model import Pack, Run, adamw, add_up, check_flags, init, load_student, my_streams, run, split_by_size
 from rollout import data_order, demonstration, prompt_ids, read_examples
 
 
@@ -40,6 +37,8 @@ class Config:
     weight_decay: float = 0.01          # AdamW's
     clip: float = 1.0                   # largest norm of the gradient
     seed: int = 0                       # order of the data
+    save_every: int = 20                # steps between checkpoints to go on from
+    resume: bool = True                 # go on from the newest checkpoint in --out, if there is one
 
 
 def sft_loss(logp, count):
@@ -70,38 +69,38 @@ def shared_document(examples):
 
 
 def main(cfg):
-    check_flags(cfg, ["batch", "micro"], schedule=("constant", "cosine"))
-    device = pick_device()
-    model, tokenizer = load_student(cfg.model, device)
+    check_flags(cfg, ["batch", "micro", "save_every"], schedule=("constant", "cosine"))
+    device, this = init(), Run(cfg, "sft")
+    if this.finished:
+        return
+    model, tokenizer = load_student(this.source, device)
     runs = load_demonstrations(cfg, tokenizer)
-    log = start_run(cfg, "sft")
-    optimizer = adamw(model, cfg.lr, cfg.weight_decay)
+    this.begin(model, tokenizer, adamw(model, cfg.lr, cfg.weight_decay))
 
-    bar = tqdm(range(cfg.steps), desc=f"{'sft':8} {cfg.out}")
-    for step in bar:
-        start = time.time()
-        batch = [shared_document(runs[i]) for i in data_order(len(runs), cfg.batch, step, cfg.seed)]
+    for step in this.steps():
+        began = time.time()
+        chosen = data_order(len(runs), cfg.batch, step, cfg.seed)
+        batch = [shared_document(runs[i]) for i in chosen]
         sizes = [len(prefix) + sum(map(len, branches)) for prefix, branches, _ in batch]
         count = sum(len(b) - skip for _, branches, silent in batch for b, skip in zip(branches, silent))
-        optimizer.param_groups[0]["lr"] = lr_at(step, cfg)
-        total = 0.0
-        for part in split_by_size(batch, sizes, cfg.micro):
-            pack = Pack.build([(prefix, branches) for prefix, branches, _ in part], device, [silent for *_, silent in part])
+        sums, suspects = dict(loss=0.0), []
+        streams = split_by_size(range(cfg.batch), sizes, cfg.micro)
+        for part in my_streams(streams, [sum(sizes[i] for i in part) for part in streams]):
+            pack = Pack.build([batch[i][:2] for i in part], device, [batch[i][2] for i in part])
             hidden = model(pack)[pack.rows]                                                          # [N, D]
             loss, _ = token_loss(lambda stats, rows: sft_loss(stats.logp, count),
                                  hidden, model.head_weight, pack.targets, vocab=model.n_vocab)
             loss.backward()
-            total += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
-        optimizer.step()
-        optimizer.zero_grad()
-        if not math.isfinite(total):
-            raise UserError(f"the loss is {total} at step {step}: lower --lr")
-        seconds = time.time() - start
-        log(dict(step=step, loss=total, grad_norm=norm, lr=lr_at(step, cfg), examples=sum(len(b) for _, b, _ in batch),
-                 target_tokens=count, tokens=sum(sizes), tokens_per_second=sum(sizes) / seconds, seconds=seconds))
-        bar.set_postfix_str(f"loss {total:.3f}")
-    save(cfg.out, model, tokenizer)
+            sums["loss"] += loss.item()
+            if not math.isfinite(loss.item()):
+                suspects += [chosen[i] for i in part]
+        loss = add_up(sums)["loss"]
+        updated = this.update(loss, suspects or chosen)
+        seconds = time.time() - began
+        this.log(dict(loss=loss, **updated, examples=sum(len(b) for _, b, _ in batch), target_tokens=count,
+                      tokens=sum(sizes), tokens_per_second=sum(sizes) / seconds, seconds=seconds))
+        this.bar.set_postfix_str(f"loss {loss:.3f}")
+    this.finish()
 
 
 if __name__ == "__main__":

@@ -2085,7 +2085,7 @@ def test_rollout_prints_every_completion(world, capsys):
 def refuse(stage, out, match, **options):
     """The stage raises one line that names `match`, and leaves nothing behind."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=match) as error:
-        patch.setattr(stage, "start_run", None)             # where writing and training begin
+        patch.setattr(model.Log, "begin", None)             # where writing and training begin
         stage.main(stage.Config(out=str(out), **options))
     assert "\n" not in str(error.value) and not out.exists()
 
