@@ -1115,6 +1115,7 @@ class Run:
                     self._save_checkpoint()
                 if stopped:
                     self.bar.close()
+                    self.log_file.close()
                     name = signal.Signals(stopped[0]).name
                     if rank() == 0:
                         print(f"{name}: stopped after step {self.step} of {self.cfg.steps}; the same command goes on from "
@@ -1250,7 +1251,7 @@ def run(main, Config):
         code, text = 2, str(error)
         if isinstance(error, torch.OutOfMemoryError):
             text = f"out of GPU memory: lower --micro, --max-new or --group, or use more GPUs ({text.splitlines()[0]})"
-        if rank() > 0:
+        if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(2)  # if all ranks have the same to say, rank 0 says it, and torchrun ends the others meanwhile
         print(f"error: {text}", file=sys.stderr)
     if dist.is_initialized():  # gloo's threads now and then abort an interpreter that ends in order

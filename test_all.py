@@ -8,7 +8,8 @@ Oracles are written the slow and obvious way: a whole forward pass per token, a 
 expectation, fp64. Where others have defined what right is, transformers==5.23.0, tokenizers and trl==1.16.0 are asked.
 Without a GPU the Triton kernels run in Triton's interpreter, from the same source.
 """
-import ast, base64, importlib.util, itertools, json, math, os, random, re, runpy, statistics, subprocess, sys, time, unicodedata
+import ast, base64, importlib.util, itertools, json, math, os, random, re, runpy, signal, statistics, subprocess, sys, time
+import unicodedata
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -2015,6 +2016,333 @@ def test_scores_of_the_table_are_means_over_tasks_and_lengths():
     assert found["short"] == 0.25 and found["short_stderr"] == pytest.approx(0.1)
     lines = recipe.table([dict(arm="base", scores=rows, **found)]).split("\n")
     assert "hops 128" in lines[0] and lines[2].startswith("| base | 75.0 ± 25.0 | 25.0 ± 10.0 | 50 ± 30 |")
+
+
+# ------------------------------------------------------------------------------------------------------ runs that survive
+
+def interrupted(stage, cfg, at, cut):
+    """Run a stage, and call cut() when it logs step `at`; what that raises is the caller's."""
+    with pytest.MonkeyPatch.context() as patch:
+        log = model.Run.log
+
+        def log_and_cut(self, row):
+            log(self, row)
+            if self.step == at:
+                cut()
+
+        patch.setattr(model.Run, "log", log_and_cut)
+        stage.main(cfg)
+
+
+def power_cut():
+    raise InterruptedError("power cut")
+
+
+def long_run(stage, world, out, **options):
+    """Five steps of a stage in which every step matters for the next: AdamW, two updates, a teacher."""
+    options = files(world, stage) | dict(out=str(out), steps=5, batch=2, lr=0.01, save_every=2) | options
+    if stage is not sft:
+        options = dict(group=3, max_new=6, teacher=world.teacher) | options
+    if stage is grpo:
+        options = dict(updates=2) | options
+    return stage.Config(**options)
+
+
+def weights_of(path):
+    return {name: tensor for file in model.shard_files(path) for name, tensor in load_file(file).items()}
+
+
+def same_weights(a, b):
+    a, b = weights_of(a), weights_of(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+UNTIMED = ("seconds", "per_second", "memory")
+
+
+def untimed(path):
+    """The rows of metrics.jsonl without what a clock or the machine's load decides."""
+    return [{k: v for k, v in row.items() if not any(word in k for word in UNTIMED)} for row in read_lines(path)[1:]]
+
+
+@pytest.mark.parametrize("stage", [sft, grpo, opd], ids=lambda stage: stage.__name__)
+@pytest.mark.parametrize("at", [0, 2, 4])
+def test_a_run_that_was_cut_off_goes_on_from_its_newest_checkpoint(stage, at, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "score", pseudo_reward)
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    stage.main(long_run(stage, world, straight))
+    with pytest.raises(InterruptedError):
+        interrupted(stage, long_run(stage, world, cut), at, power_cut)
+    kept = {0: [], 2: ["step-000002"], 4: ["step-000004"]}[at]
+    assert not (cut / "config.json").exists() and [name for name in os.listdir(cut) if "step" in name] == kept
+    with open(cut / "metrics.jsonl", "a") as f:
+        f.write('{"step": 3, "lo')                          # a line that was being written
+    stage.main(long_run(stage, world, cut, micro=120, save_every=1))         # flags that change no result may change
+    stage.main(long_run(stage, world, straight))            # finished: nothing happens
+    close(*(torch.cat([t.flatten() for t in weights_of(path).values()]) for path in (cut, straight)), 1e-5)
+    assert [row["step"] for row in untimed(cut / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+    assert not [name for name in os.listdir(cut) if "step-" in name or "writing" in name or "lock" in name]
+
+
+@pytest.mark.parametrize("stage", [sft, grpo, opd], ids=lambda stage: stage.__name__)
+def test_resumed_with_the_same_flags_all_bits_and_rows_are_the_same(stage, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "score", pseudo_reward)
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    stage.main(long_run(stage, world, straight))
+    for at in (1, 3, 4):
+        with pytest.raises(InterruptedError):
+            interrupted(stage, long_run(stage, world, cut), at, power_cut)
+    stage.main(long_run(stage, world, cut))
+    assert same_weights(cut, straight) and untimed(cut / "metrics.jsonl") == untimed(straight / "metrics.jsonl")
+
+
+def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on(world, tmp_path, capsys):
+    cfg, handler = long_run(sft, world, tmp_path / "out", save_every=100), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        interrupted(sft, cfg, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert end.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) == handler
+    assert "SIGTERM: stopped after step 3 of 5; the same command goes on" in capsys.readouterr().err
+    sft.main(cfg)
+    sft.main(long_run(sft, world, tmp_path / "straight"))
+    assert same_weights(tmp_path / "out", tmp_path / "straight")
+
+
+def test_no_resume_starts_anew(world, tmp_path, capsys):
+    out = tmp_path / "out"
+    sft.main(long_run(sft, world, out))
+    before = os.stat(out / "model.safetensors").st_mtime_ns
+    sft.main(long_run(sft, world, out))
+    assert os.stat(out / "model.safetensors").st_mtime_ns == before and "is finished" in capsys.readouterr().err
+    sft.main(long_run(sft, world, out, resume=False))
+    assert os.stat(out / "model.safetensors").st_mtime_ns > before and len(read_lines(out / "metrics.jsonl")) == 6
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_counted_and_its_examples_named(what, world, tmp_path, monkeypatch):
+    out, loss_of = tmp_path / "out", sft.sft_loss
+    bad = iter([False, True, False, False, False])
+
+    def loss(logp, count):
+        factor = float("nan") if next(bad) else 1.0
+        return loss_of(logp, count) + (factor * logp.sum() if what == "loss" else 0) + (
+            (0 * logp.sum()).sqrt() if what == "gradient" and factor != 1.0 else 0)
+
+    monkeypatch.setattr(sft, "sft_loss", loss)
+    sft.main(long_run(sft, world, out))
+    rows = untimed(out / "metrics.jsonl")
+    assert [row["skipped"] for row in rows] == [0, 1, 1, 1, 1] and math.isfinite(rows[-1]["loss"])
+    (named,) = read_lines(out / "nonfinite.jsonl")
+    assert named["step"] == 1 and len(named["examples"]) >= 2 and set(named["examples"]) <= {"a", "b", "c", "d"}
+    assert all(t.isfinite().all() for t in weights_of(out).values())
+
+
+def test_a_run_gives_up_after_five_steps_that_are_not_finite(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(sft, "sft_loss", lambda logp, count: logp.sum() * math.inf)
+    with pytest.raises(UserError, match="step 4: loss -?inf.* for the 5th time: lower --lr"):
+        sft.main(long_run(sft, world, tmp_path / "out", steps=9))
+    assert len(read_lines(tmp_path / "out" / "nonfinite.jsonl")) == model.MAX_SKIPPED == 5
+
+
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint_whole(world, tmp_path, monkeypatch):
+    out, write, calls = tmp_path / "out", model.save_file, itertools.count()
+
+    def full_disk(*args):
+        if next(calls) == 3:                                # weights, moments, weights, and now
+            raise OSError(28, "No space left on device")
+        write(*args)
+
+    monkeypatch.setattr(model, "save_file", full_disk)
+    with pytest.raises(UserError, match="cannot write to .*No space left on device; what was saved before is untouched"):
+        sft.main(long_run(sft, world, out))
+    assert sorted(name for name in os.listdir(out) if "step-" in name) == ["step-000002"]
+    sft.main(long_run(sft, world, out))
+    sft.main(long_run(sft, world, tmp_path / "straight"))
+    assert same_weights(out, tmp_path / "straight")
+
+
+def test_too_little_disk_is_found_before_training(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(model.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
+    with pytest.raises(UserError, match="checkpoints need .* GB of disk, 0.0 GB are free"):
+        sft.main(long_run(sft, world, tmp_path / "deep" / "out"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_two_runs_cannot_write_into_one_directory(world, tmp_path):
+    cfg = long_run(sft, world, tmp_path / "out")
+    first = model.Log(cfg, "sft")
+    first.begin(lambda row: True)
+    with pytest.raises(UserError, match="another run is writing to .*out: choose another --out"):
+        sft.main(cfg)
+    first.close()
+    sft.main(cfg)
+
+
+def test_a_checkpoint_of_another_model_or_without_its_state_is_refused(world, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(InterruptedError):
+        interrupted(sft, long_run(sft, world, out), 2, power_cut)
+    (tmp_path / "kept").mkdir()
+    state, moments = out / "step-000002" / "state.json", out / "step-000002" / "optimizer.safetensors"
+    for file, content, match in [(state, "{}", "state.json needs step and skipped"), (state, "{", "not valid JSON"),
+                                 (moments, "x", "no optimizer state of this model")]:
+        before = file.read_bytes()
+        file.write_text(content)
+        with pytest.raises(UserError, match=match):
+            sft.main(long_run(sft, world, out))
+        file.write_bytes(before)
+    config = out / "step-000002" / "config.json"
+    config.write_text(config.read_text().replace('"rope_theta": 10000.0', '"rope_theta": 20000.0'))
+    with pytest.raises(UserError, match="step-000002 was made from a model of another shape"):
+        sft.main(long_run(sft, world, out))
+
+
+def test_a_gpu_out_of_memory_says_what_to_change(monkeypatch, capsys):
+    def exhausted(cfg):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+    monkeypatch.setattr(sys, "argv", ["sft.py"])
+    with pytest.raises(SystemExit) as end:
+        model.run(exhausted, sft.Config)
+    assert end.value.code == 2
+    assert re.fullmatch(r"error: out of GPU memory: lower --micro.*Tried to allocate 2 GiB.\)\n", capsys.readouterr().err)
+
+
+# ------------------------------------------------------------------------------------------------------ many ranks, and kills
+
+JOB = """
+import itertools, os, signal, sys, time
+sys.path.insert(0, {here!r})
+import torch
+torch.set_num_threads(1)
+import grpo, model, opd, recipe, rollout, sft
+
+job, out, world = sys.argv[1:4]
+rank = int(os.environ.get("RANK", 0))
+grpo.score = rollout.score = lambda example, text: sum(text.encode()) % 7 / 6
+stages = dict(data=world + "/data.jsonl", ctx=256, batch=3, steps=5, lr=0.01, save_every=2)
+sampled = dict(stages, model=world + "/student", teacher=world + "/teacher", group=3, max_new=6)
+
+def at_step(step, do):
+    log = model.Run.log
+    def log_and_do(self, row):
+        log(self, row)
+        if self.step == step:
+            do()
+    model.Run.log = log_and_do
+
+def main(_):
+    if job == "stages":
+        sft.main(sft.Config(**stages, model=world + "/student", out=out + "/sft", micro=200))
+        grpo.main(grpo.Config(**sampled, out=out + "/grpo", micro=200))
+        grpo.main(grpo.Config(**sampled | dict(teacher="self"), out=out + "/self", updates=2))
+        opd.main(opd.Config(**sampled, out=out + "/opd", lam=0.6, micro=150))
+    elif job == "recipe":
+        shapes = {{name: shape | dict(hidden_size=32, intermediate_size=64) for name, shape in recipe.PRESETS.items()}}
+        recipe.PRESETS, mixture = shapes, recipe.mixture
+        recipe.mixture = lambda *args: itertools.islice(mixture(*args), 600)
+        flush = model.flush_to_disk
+        model.flush_to_disk = lambda path: (flush(path), time.sleep(0.02))      # most of the time it is saving
+        recipe.main(recipe.Config(out=out, save_every=1, **{tiny!r}))
+    else:
+        events = dict(term=lambda: os.kill(os.getpid(), signal.SIGTERM), slow=lambda: time.sleep(600),
+                      kill=lambda: rank == 1 and os.kill(os.getpid(), signal.SIGKILL), flag=None,
+                      fail=lambda: rank == 1 and opd.main(opd.Config(lam=7.0)))
+        if job != "flag":
+            at_step(2, events[job])
+        grpo.main(grpo.Config(**sampled | dict(group=1) if job == "flag" else sampled, out=out))
+
+model.cli = lambda Config: None
+model.run(main, None)
+"""
+
+
+def spawn(tmp_path, world, job, out, ranks=0):
+    """Start a job, under torchrun if ranks > 0."""
+    script = tmp_path / "job.py"
+    script.write_text(JOB.format(here=HERE, tiny=TINY | dict(sft_steps=3, rl_steps=2)))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+    command = [sys.executable, *launcher, str(script), job, str(out), os.path.dirname(world.student)]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | dict(OMP_NUM_THREADS="1")
+    return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process, code=0, timeout=240):
+    output = process.communicate(timeout=timeout)[0]
+    assert process.returncode == code, output[-3000:]
+    return output
+
+
+def test_one_two_and_four_ranks_compute_the_same(world, tmp_path):
+    for ranks in (0, 2, 4):
+        finish(spawn(tmp_path, world, "stages", tmp_path / str(ranks), ranks))
+    for stage in ("sft", "grpo", "self", "opd"):
+        alone = untimed(tmp_path / "0" / stage / "metrics.jsonl")
+        for ranks in (2, 4):
+            rows = untimed(tmp_path / str(ranks) / stage / "metrics.jsonl")
+            for name in ("loss", "grad_norm", "length", "reward"):
+                curves = [[row.get(name, 0) for row in run] for run in (rows, alone)]
+                assert curves[0] == pytest.approx(curves[1], rel=1e-4, abs=1e-5), (stage, ranks, name)
+            assert len(rows) == 5 and (tmp_path / str(ranks) / stage / "config.json").exists()
+            ours, theirs = (torch.cat([t.flatten() for t in weights_of(tmp_path / run / stage).values()])
+                            for run in (str(ranks), "0"))
+            close(ours, theirs, 1e-3)
+
+
+def test_stopped_on_two_ranks_and_gone_on_alone_it_ends_the_same(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "score", pseudo_reward)
+    output = finish(spawn(tmp_path, world, "term", tmp_path / "out", 2), code=1)     # torchrun's own code
+    assert output.count("SIGTERM: stopped after step 3 of 5") == 1 and (tmp_path / "out" / "step-000003").exists()
+    options = dict(batch=3, updates=1)
+    grpo.main(long_run(grpo, world, tmp_path / "out", **options))
+    grpo.main(long_run(grpo, world, tmp_path / "straight", **options))
+    rows, straight = (untimed(tmp_path / name / "metrics.jsonl") for name in ("out", "straight"))
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in straight], abs=1e-5)
+    assert len(rows) == 5
+
+
+@pytest.mark.parametrize("job, message", [("fail", "error: --lam 7.0"), ("kill", "SIGKILL"), ("flag", "error: --group 1")])
+def test_a_rank_that_fails_ends_the_run_with_its_message(job, message, world, tmp_path):
+    output = finish(spawn(tmp_path, world, job, tmp_path / "out", 2), code=1, timeout=60)
+    assert output.count(message) == 1 if job != "kill" else message in output
+
+
+def test_a_second_signal_ends_at_once(world, tmp_path):
+    process = spawn(tmp_path, world, "slow", tmp_path / "out")
+    wait_for(lambda: (tmp_path / "out" / "step-000002").exists())
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert process.poll() is None                           # it would finish the step first
+    process.send_signal(signal.SIGTERM)
+    finish(process, code=-signal.SIGTERM, timeout=10)
+
+
+def wait_for(condition, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end
+        time.sleep(0.05)
+
+
+def test_a_recipe_killed_at_random_moments_ends_as_the_undisturbed_one(world, tmp_path):
+    """KILLS=20 python -m pytest test_all.py -k killed runs it with more of them."""
+    kills, rng = int(os.environ.get("KILLS", 3)), random.Random(0)
+    began = time.time()
+    finish(spawn(tmp_path, world, "recipe", tmp_path / "undisturbed"))
+    seconds = time.time() - began
+    hits = Counter()
+    for _ in range(kills):
+        process = spawn(tmp_path, world, "recipe", tmp_path / "killed")
+        time.sleep(seconds * rng.uniform(0.4, 0.8))         # a start takes a third of it
+        process.kill()
+        process.communicate()
+        left = [str(path) for path in tmp_path.glob("killed/**/*.writing")]
+        hits["saving" if left else "between"] += 1
+    print(f"{kills} kills: {dict(hits)}")
+    finish(spawn(tmp_path, world, "recipe", tmp_path / "killed"))
+    for name in ("base", "teacher", "sft", "sft-grpo", "sft-opd", "sft-dgrpo", "dgrpo"):
+        a, b = tmp_path / "undisturbed" / name, tmp_path / "killed" / name
+        assert same_weights(a, b) and untimed(a / "metrics.jsonl") == untimed(b / "metrics.jsonl")
+    tables = [(tmp_path / name / "results.md").read_text() for name in ("undisturbed", "killed")]
+    assert tables[0] == tables[1]
 
 
 # ------------------------------------------------------------------------------------------------------------------- scripts
