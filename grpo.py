@@ -268,7 +268,7 @@ def main(cfg):
                     if not math.isfinite(loss.item()):
                         suspects += [examples[chosen[b]].get("id") for b in part]
             sums, largest = add_up(sums), max(gather(largest))
-            updated = this.update(sums["loss"], suspects or [examples[i].get("id") for i in chosen])
+            updated = this.update(sums["loss"], suspects, [examples[i].get("id") for i in chosen])
         times.append(time.time())
 
         # log; of several updates the last

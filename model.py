@@ -14,7 +14,7 @@ Letters used in all files:
     T tokens in a stream        P prompt tokens        G completions of one prompt       R completion tokens
     N rows that carry loss      D hidden size          H / K query / key-value heads     C head size      V vocabulary
 """
-import argparse, dataclasses, datetime, inspect, json, math, os, re, shutil, signal, sys, time, unicodedata
+import argparse, dataclasses, datetime, fcntl, inspect, json, math, os, re, resource, shutil, signal, sys, time, unicodedata
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -31,11 +31,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
-
-try:
-    import fcntl, resource
-except ImportError:  # Windows: two runs in one directory are not noticed there, and peak memory reads 0
-    fcntl = resource = None
 
 
 class UserError(ValueError):
@@ -970,7 +965,7 @@ def peak_memory():
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9 if resource else 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 class Log:
@@ -983,7 +978,7 @@ class Log:
         if rank() > 0 or not os.path.isdir(cfg.out):
             return
         if not os.path.exists(self.path):
-            if set(os.listdir(cfg.out)) - {".lock"}:
+            if set(os.listdir(cfg.out)) - {".lock", "metrics.jsonl.writing"}:  # what a run killed at its start leaves
                 raise UserError(f"{cfg.out} is not empty and holds no run of ours: choose another --out")
             return
         with open(self.path, "rb") as f:
@@ -1006,8 +1001,7 @@ class Log:
             os.makedirs(self.cfg.out, exist_ok=True)
             self.lock = open(os.path.join(self.cfg.out, ".lock"), "w")
         try:
-            if fcntl:  # the system lets go of it when the process ends, however it ends
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go by the system when the process ends, however it ends
         except OSError:
             raise UserError(f"another run is writing to {self.cfg.out}: choose another --out, or wait") from None
         head = dict(what=self.what, command=sys.argv, config=self.config, torch=torch.__version__, numpy=np.__version__,
@@ -1053,8 +1047,8 @@ class Run:
         run.begin(model, tokenizer, optimizer)       from here on the directory is ours
         for step in run.steps():
             ...                                      gradients
-            norm = run.update(loss, suspects)        the optimizer's step
-            run.log(row)
+            done = run.update(loss, ...)             the optimizer's step
+            run.log(dict(loss=loss, **done))
         run.finish()                                 cfg.out is a Hugging Face directory now
 
     Whatever a step draws depends on (seed, step) alone, so a checkpoint is the model, the optimizer and a number. Model and
@@ -1074,6 +1068,7 @@ class Run:
         if not self.cfg.resume or not os.path.exists(self.log_file.path):
             return False, None
         if os.path.exists(os.path.join(self.cfg.out, "config.json")):
+            self._prune(None)  # if it was killed between its last two acts
             return True, None
         steps = sorted(name for name in os.listdir(self.cfg.out) if re.fullmatch(r"step-\d{6,}", name))
         return False, os.path.join(self.cfg.out, steps[-1]) if steps else None
@@ -1125,18 +1120,19 @@ class Run:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def update(self, loss, suspects):
+    def update(self, loss, suspects, examples):
         """Clip the gradient and step the optimizer -> what the log says of it: grad_norm (before clipping), lr, skipped.
 
-        A loss (summed over all ranks) or norm that is not finite skips the step; suspects, this rank's ids of the examples
-        that may be the cause, go to nonfinite.jsonl. Raises UserError when that has happened MAX_SKIPPED times."""
+        A loss (summed over all ranks) or norm that is not finite skips the step, and the ids of examples that may be the
+        cause go to nonfinite.jsonl: suspects, those in this rank's streams of such a loss; if no rank has any, all examples
+        of the step. Raises UserError when that has happened MAX_SKIPPED times."""
         lr = self.optimizer.param_groups[0]["lr"] = lr_at(self.step, self.cfg)
         norm = full(nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip)).item()
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()
         else:
             self.skipped += 1
-            ids = [i for part in gather(suspects) for i in part]
+            ids = [i for part in gather(suspects) for i in part] or examples
             path = os.path.join(self.cfg.out, "nonfinite.jsonl")
             if rank() == 0:
                 with writing(self.cfg.out), open(path, "a", encoding="utf-8") as f:
@@ -1174,7 +1170,8 @@ class Run:
                  for key, value in self.optimizer.state[p].items()}
         write_tensors(new, "optimizer", state)
         if rank() == 0:
-            write_file(os.path.join(new, "state.json"), json.dumps(dict(step=self.step, skipped=self.skipped)).encode())
+            numbers = dict(step=self.step, skipped=self.skipped, tensors=len(state))
+            write_file(os.path.join(new, "state.json"), json.dumps(numbers).encode())
             with writing(new):
                 flush_to_disk(new)
                 os.rename(new, path)
@@ -1194,12 +1191,12 @@ class Run:
         if Config.from_dir(self.checkpoint) != Config.from_dir(self.cfg.model):
             raise UserError(f"{self.checkpoint} was made from a model of another shape than --model {self.cfg.model}: delete it, "
                             "or use --no-resume")
-        state = read_json(os.path.join(self.checkpoint, "state.json"))
-        self.step, self.skipped = state.get("step"), state.get("skipped")
-        if not isinstance(self.step, int) or not isinstance(self.skipped, int):
-            raise UserError(f"{self.checkpoint}/state.json needs step and skipped, found {state}: delete the directory to "
-                            "start anew")
-        parameters, found = dict(self.model.named_parameters()), set()
+        numbers = read_json(os.path.join(self.checkpoint, "state.json"))
+        self.step, self.skipped, expected = (numbers.get(name) for name in ("step", "skipped", "tensors"))
+        if not all(isinstance(number, int) for number in (self.step, self.skipped, expected)):
+            raise UserError(f"{self.checkpoint}/state.json needs step, skipped and tensors, found {numbers}: delete the "
+                            "directory to start anew")
+        parameters, found = dict(self.model.named_parameters()), 0
         names = [name for name in os.listdir(self.checkpoint) if re.fullmatch(r"optimizer.*\.safetensors", name)]
         for file in sorted(os.path.join(self.checkpoint, name) for name in names):
             try:
@@ -1210,13 +1207,13 @@ class Run:
                         value = torch.zeros_like(p) if f.get_slice(entry).get_shape() else torch.zeros((), device=p.device)
                         read_part(f, entry, value)
                         self.optimizer.state[parameters[name]][key] = value
-                        found.add(name)
+                        found += 1
             except (SafetensorError, OSError, KeyError, RuntimeError) as error:
-                raise UserError(f"{file} is no optimizer state of this model ({error}): delete {self.checkpoint} to go on from "
-                                "the start") from None
-        if found != parameters.keys():
-            raise UserError(f"{self.checkpoint}: the optimizer's state of {sorted(parameters.keys() - found)[:3]} is missing: delete "
-                            "the directory to start anew")
+                raise UserError(f"{file} is no optimizer state of this model ({error}): delete {self.checkpoint} to start "
+                                "anew") from None
+        if found != expected:
+            raise UserError(f"{self.checkpoint}: {found} of the optimizer's {expected} tensors are there: delete the directory to "
+                            "start anew")
 
 
 # ------------------------------------------------------------------------------------------------------------- command line

@@ -163,7 +163,7 @@ def main(cfg):
             if not math.isfinite(loss.item()):
                 suspects += [examples[chosen[b]].get("id") for b in part]
         sums = add_up(sums)
-        updated = this.update(sums["loss"], suspects or [examples[i].get("id") for i in chosen])
+        updated = this.update(sums["loss"], suspects, [examples[i].get("id") for i in chosen])
         times.append(time.time())
 
         # log

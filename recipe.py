@@ -294,6 +294,40 @@ def table(results):
     return "\n".join(lines)
 
 
+PANELS = ["reward", "loss", "kl", "entropy", "length", "truncated", "zero_variance", "clipped", "logp_diff", "grad_norm", "lr",
+          "memory_gb"]
+
+
+def plot(out):
+    """Draw the metrics.jsonl files below `out` into out/metrics.png: a panel for each quantity, a line for each run."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    runs = {os.path.relpath(folder, out): read_rows(os.path.join(folder, "metrics.jsonl"))[1:]
+            for folder, _, files in sorted(os.walk(out)) if "metrics.jsonl" in files}
+    runs = {name: rows for name, rows in runs.items() if rows and "step" in rows[0]}
+    if not runs:
+        raise UserError(f"--plot {out}: no metrics.jsonl with steps below it")
+    panels = [name for name in PANELS if any(name in rows[0] for rows in runs.values())]
+    figure, axes = plt.subplots(-(-len(panels) // 3), 3, figsize=(13, 3 * -(-len(panels) // 3)), squeeze=False)
+    styles = [dict(color=c, linestyle=s) for s in ("-", "--", ":") for c in ("0", "0.45", "tab:blue", "tab:orange")]
+    for axis, panel in zip(axes.flat, panels):
+        for (name, rows), style in zip(runs.items(), styles * len(runs)):
+            rows = [row for row in rows if panel in row]
+            axis.plot([row["step"] for row in rows], [row[panel] for row in rows], label=name, linewidth=1, **style)
+        axis.set(title=panel, xlabel="step")
+    for axis in axes.flat[len(panels):]:
+        axis.axis("off")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="lower right", ncols=3)
+    figure.tight_layout()
+    path = os.path.join(out, "metrics.png")
+    figure.savefig(path, dpi=110)
+    print(f"drew {len(runs)} runs into {path}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------- main
 
 def deepen(path, out, seed):
@@ -309,6 +343,8 @@ def deepen(path, out, seed):
 
 
 def main(cfg):
+    if cfg.plot:
+        return plot(cfg.plot)
     if cfg.until not in ("", "data", "base", "teacher", "sft"):
         raise UserError(f"--until {cfg.until}: choose one of data, base, teacher, sft, or leave it out for the whole recipe")
     if cfg.train_len < 2 * BASE_LENS[0] or cfg.test_len <= cfg.train_len:

@@ -95,7 +95,7 @@ def main(cfg):
             if not math.isfinite(loss.item()):
                 suspects += [chosen[i] for i in part]
         loss = add_up(sums)["loss"]
-        updated = this.update(loss, suspects or chosen)
+        updated = this.update(loss, suspects, chosen)
         seconds = time.time() - began
         this.log(dict(loss=loss, **updated, examples=sum(len(b) for _, b, _ in batch), target_tokens=count,
                       tokens=sum(sizes), tokens_per_second=sum(sizes) / seconds, seconds=seconds))

@@ -2160,6 +2160,15 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_whole(world, tmp_path, 
     assert same_weights(out, tmp_path / "straight")
 
 
+def test_steps_without_any_gradient_can_be_resumed_too(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "score", lambda e, text: 0.5)
+    cfg = long_run(grpo, world, tmp_path / "out", teacher="", drop_equal=True, save_every=1)
+    with pytest.raises(InterruptedError):
+        interrupted(grpo, cfg, 2, power_cut)
+    grpo.main(cfg)
+    assert same_weights(tmp_path / "out", world.student)
+
+
 def test_too_little_disk_is_found_before_training(world, tmp_path, monkeypatch):
     monkeypatch.setattr(model.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
     with pytest.raises(UserError, match="checkpoints need .* GB of disk, 0.0 GB are free"):
@@ -2183,7 +2192,7 @@ def test_a_checkpoint_of_another_model_or_without_its_state_is_refused(world, tm
         interrupted(sft, long_run(sft, world, out), 2, power_cut)
     (tmp_path / "kept").mkdir()
     state, moments = out / "step-000002" / "state.json", out / "step-000002" / "optimizer.safetensors"
-    for file, content, match in [(state, "{}", "state.json needs step and skipped"), (state, "{", "not valid JSON"),
+    for file, content, match in [(state, "{}", "state.json needs step, skipped and tensors"), (state, "{", "not valid JSON"),
                                  (moments, "x", "no optimizer state of this model")]:
         before = file.read_bytes()
         file.write_text(content)
@@ -2287,11 +2296,13 @@ def test_one_two_and_four_ranks_compute_the_same(world, tmp_path):
             close(ours, theirs, 1e-3)
 
 
-def test_stopped_on_two_ranks_and_gone_on_alone_it_ends_the_same(world, tmp_path, monkeypatch):
+def test_begun_alone_gone_on_with_two_ranks_and_ended_alone_it_ends_the_same(world, tmp_path, monkeypatch):
     monkeypatch.setattr(grpo, "score", pseudo_reward)
+    options = dict(batch=3, updates=1)
+    with pytest.raises(InterruptedError):
+        interrupted(grpo, long_run(grpo, world, tmp_path / "out", save_every=1, **options), 1, power_cut)
     output = finish(spawn(tmp_path, world, "term", tmp_path / "out", 2), code=1)     # torchrun's own code
     assert output.count("SIGTERM: stopped after step 3 of 5") == 1 and (tmp_path / "out" / "step-000003").exists()
-    options = dict(batch=3, updates=1)
     grpo.main(long_run(grpo, world, tmp_path / "out", **options))
     grpo.main(long_run(grpo, world, tmp_path / "straight", **options))
     rows, straight = (untimed(tmp_path / name / "metrics.jsonl") for name in ("out", "straight"))
@@ -2341,6 +2352,7 @@ def test_a_recipe_killed_at_random_moments_ends_as_the_undisturbed_one(world, tm
     for name in ("base", "teacher", "sft", "sft-grpo", "sft-opd", "sft-dgrpo", "dgrpo"):
         a, b = tmp_path / "undisturbed" / name, tmp_path / "killed" / name
         assert same_weights(a, b) and untimed(a / "metrics.jsonl") == untimed(b / "metrics.jsonl")
+    assert not list(tmp_path.glob("killed/**/*.writing")) + list(tmp_path.glob("killed/**/step-*"))
     tables = [(tmp_path / name / "results.md").read_text() for name in ("undisturbed", "killed")]
     assert tables[0] == tables[1]
 
