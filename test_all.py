@@ -754,6 +754,13 @@ def qwen():
     return both(tokenizer_json(vocab, merges, QWEN3_TOKENS, ordinary=QWEN3_TOKENS[14:], normalizer=dict(type="NFC")))
 
 
+@pytest.fixture(scope="module")
+def qwen_chat(qwen):
+    """The same with a chat template."""
+    return Tokenizer(qwen[0].files | {"tokenizer_config.json": json.dumps(dict(
+        eos_token="<|im_end|>", chat_template="<|im_start|>user\n<|im_end|><|im_start|>assistant\n")).encode()})
+
+
 def random_texts(n):
     """Strings that mix scripts, combining marks, white space, digits, emoji, private and unassigned characters."""
     blocks = [(32, 127), (32, 127), (9, 14), (160, 592), (768, 880), (880, 1424), (1424, 1792), (2304, 2432), (3584, 3712),
@@ -1076,7 +1083,8 @@ def test_the_recipe_runs_on_checkpoints_of_another_family_and_width(tmp_path):
     hf_checkpoint(tmp_path / "student", "qwen3", torch.bfloat16)
     hf_checkpoint(tmp_path / "teacher", "llama", hidden_size=48)
     cfg = recipe.Config(out=str(tmp_path / "out"), student=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"),
-                        train_len=512, test_len=640, sft_steps=1, rl_steps=1, batch=2, group=2, max_new=4, test_n=1)
+                        train_len=512, test_len=2048, sft_steps=1, rl_steps=1, batch=2, group=2, max_new=4, test_n=1,
+                        **dict(user_files(tmp_path), test_data=write_lines(tmp_path / "test.jsonl", [QUESTION] * 2)))
     recipe.main(cfg)
     results = [json.loads(line) for line in open(tmp_path / "out" / "results.jsonl")]
     assert [r["arm"] for r in results] == ARMS
@@ -1300,11 +1308,7 @@ def test_the_sampler_refuses_an_empty_prompt():
 
 # -------------------------------------------------------------------------------------------------------- rollout: rewards
 
-def count_tokens(text):
-    return len(TOKENIZER.encode(text))
-
-
-LONG = sum(recipe.long_examples(0, "test", 40, 200, 6, recipe.MAX_HOPS, count_tokens), [])   # 6 a document
+LONG = sum(recipe.long_examples(0, "test", 40, 232, 6, list(recipe.PILE), TOKENIZER), [])   # 6 a document
 SHORT = sum(recipe.short_examples(0, "test", 40), [])
 
 
@@ -1916,13 +1920,211 @@ def test_every_answer_can_be_derived_from_its_document_and_every_demonstration_s
     for e in LONG + SHORT:
         assert solve(e) == e["answer"] and score(e, e["response"]) == 1
         kinds[e["kind"]].add(str(e["answer"]))
-    assert set(kinds) == {*recipe.LONG_TASKS, *recipe.SHORT_TASKS} and min(map(len, kinds.values())) > 5
-    assert "none" in kinds["latest"]
+    assert set(kinds) == {*recipe.PILE, *recipe.SHORT} and min(map(len, kinds.values())) > 5
+    latest = [e["answer"] for e in sum(recipe.long_examples(1, "rl", 100, 232, 6, ["latest"], TOKENIZER), [])]
+    assert 0.04 < latest.count("none") / len(latest) < 0.2      # always saying none hardly pays
+
+
+def test_sums_of_the_test_never_occur_in_training():
+    asked = {split: {e["question"] for e, in recipe.short_examples(0, split, 3000)} for split in ("base", "sft", "rl", "test")}
+    sums = {split: {q for q in questions if q.startswith("What")} for split, questions in asked.items()}
+    assert len(sums["test"]) > 60 and len(sums["base"]) > 400
+    assert sums["test"].isdisjoint(sums["base"] | sums["sft"] | sums["rl"])
+
+
+SAID = dict(lives=r"(\w+ \w+) (?:lives in|wohnt in|habite à|vive en) (\w+)\.",
+            works=r"(\w+ \w+) (?:works for|arbeitet für|travaille pour|trabaja para) (\w+ \w+)\.",
+            owns=r"(\w+ \w+) (?:owns|besitzt|possède|tiene) (\d+) (?:books|Bücher|livres|libros)\.")
+
+
+def solve_archive(e):
+    """As solve(): reads every sentence about people, and of the question only names, numbers and options."""
+    lives, works, owns = (dict(re.findall(pattern, e["document"])) for pattern in SAID.values())
+    assert lives.keys() == works.keys() == owns.keys() and set(works.values()) == set(works)
+    if e["kind"] == "summary":
+        return sorted(f"{name}: {city}" for name, city in lives.items())
+    if e["kind"] == "retrieval":
+        a, b, c = re.findall("|".join(lives), e["question"])
+        return [lives[a], works[b], owns[c]]
+    if e["kind"] == "multihop":
+        who, = re.findall("|".join(lives), e["question"])
+        for _ in range(int(re.search(r"\d+", e["question"])[0])):
+            who = works[who]
+        return lives[who]
+    if e["kind"] == "comprehensive":
+        city = re.search("|".join(set(lives.values())), e["question"])[0]
+        return str(sum(int(owns[name]) for name in lives if lives[name] == city))
+    options = {city: letter for letter, city in re.findall(r"([A-D])\) (\w+)", e["question"])}
+    ranks = Counter(lives.values()).most_common() + [("nowhere", 0)]
+    assert ranks[0][1] > ranks[1][1] and len(options) == 4
+    return options[ranks[0][0]]
+
+
+HAYSTACK = [f"{s}." for s in "Call me Ishmael|Ça va très bien, à côté|天气很好，我们去散步|Schön ist's \"hier\" (sagt er)".split("|")] * 9
+
+
+def archive_examples(n, length, tokenizer, questions=5, haystack=()):
+    return sum(recipe.long_examples(0, "sft", n, length, questions, list(recipe.ARCHIVE), tokenizer, haystack), [])
+
+
+def test_questions_in_four_languages_can_be_answered_from_documents_in_four_languages(qwen_chat):
+    documents, languages = set(), set()
+    for e in archive_examples(40, 600, qwen_chat) + archive_examples(12, 256, qwen_chat, haystack=HAYSTACK):
+        told = next(code for code, words in recipe.LANGUAGES.items() if words["lives"].format("", "")[1:-2] in e["document"])
+        languages.add((told, e["language"]))
+        documents.add(e["document"])
+        answer = sorted(e["answer"]) if e["kind"] == "summary" else e["answer"]
+        assert solve_archive(e) == answer and score(e, e["response"]) == 1
+        assert e["question"].endswith(recipe.LANGUAGES[e["language"]]["end"])
+    assert {told for told, _ in languages} == {asked for _, asked in languages} == {"en", "de", "fr", "es"}
+    assert len(documents) == 52 and len(languages) > 9       # the question's language is not the document's
+
+
+def test_copying_a_document_of_people_does_not_pay(qwen_chat):
+    for e in archive_examples(20, 600, qwen_chat):
+        words = re.findall(r"\w+", e["document"])
+        for text in (e["document"], " ".join(words), ", ".join(words), e["document"].replace(". ", ", ")):
+            assert score(e, f"Answer: {text}") < 0.15 and score(e, text) < 0.15
+
+
+def solve_ruler(e):
+    """As solve(), for the tasks of RULER."""
+    text = e["document"]
+    if e["kind"].startswith("niah"):
+        wanted = re.search(r"numbers? for (.*) mentioned", e["question"])[1].replace("and ", "").split(", ")
+        return sorted(v for k, v in re.findall(r"magic numbers for (\S+) is: (\d+)\.", text) if k in wanted)
+    if e["kind"] == "vt":
+        value, held = re.search(r"value (\d+)", e["question"])[1], {}
+        for name, is_now in re.findall(r"VAR (\w+) = (?:VAR )?(\w+)", text):  # in order: every variable is known when used
+            held[name] = held.get(is_now, is_now)
+        return sorted(name for name in held if held[name] == value)
+    words = re.findall(r"\d+\. (\S+)", text) if e["kind"] == "cwe" else text.rpartition("coded words. ")[2].split()
+    ranks = Counter(word for word in words if word != "...").most_common()
+    n = 10 if e["kind"] == "cwe" else 3
+    assert ranks[n - 1][1] > ranks[n][1]
+    return sorted(word for word, _ in ranks[:n])
+
+
+@pytest.mark.parametrize("length", [1024, 5000])
+def test_tasks_of_ruler_have_the_answers_that_their_texts_give(length, qwen_chat):
+    for kind in recipe.RULER:
+        for haystack in ((), HAYSTACK):
+            for e, in recipe.long_examples(0, "test", 6, length, 1, [kind], qwen_chat, haystack):
+                assert e["reward"] == "recall" and solve_ruler(e) == sorted(e["answer"]) and score(e, e["response"]) == 1
+                assert len(e["answer"]) == dict(niah_single=1, niah_multikey=1, vt=5, cwe=10, fwe=3).get(kind, 4)
+
+
+@pytest.mark.parametrize("length, haystack", [(256, ()), (1000, HAYSTACK), (4096, ()), (4096, HAYSTACK), (131072, ())])
+def test_prompts_fill_their_length_up_to_the_last_sentence(length, haystack, qwen_chat, monkeypatch):
+    most, sizes = recipe.most, []
+
+    def checked(size, estimate, limit):
+        n = most(size, estimate, limit)
+        sizes.append(size(n))
+        assert size(n) <= limit < size(n + 1)
+        return n
+    monkeypatch.setattr(recipe, "most", checked)
+    for kind in recipe.FAMILIES:
+        if kind not in recipe.PILE and not (kind == "cwe" and length < 1000):
+            for examples in recipe.long_examples(0, "rl", 1 if length > 9999 else 4, length, 1 if kind in recipe.RULER else 3,
+                                                 [kind] if kind in recipe.RULER else list(recipe.ARCHIVE), qwen_chat, haystack):
+                assert max(len(qwen_chat.chat(rollout.prompt_messages(e))) for e in examples) == sizes.pop()
+    with pytest.raises(UserError, match="--train-len"):
+        next(recipe.long_examples(0, "rl", 1, 60, 1, ["fwe"], qwen_chat))
+
+
+def test_piles_fill_their_length_up_to_the_last_sentence():
+    for length in (64, 96, 256, 512):
+        for examples in recipe.long_examples(0, "sft", 20, length, 8, list(recipe.PILE), TOKENIZER):
+            longest = max(len(TOKENIZER.chat(rollout.prompt_messages(e))) for e in examples)
+            assert length - 7 < longest <= length              # idle sentences take 6 or 7 tokens
+
+
+def test_a_thousand_examples_of_32k_tokens_take_less_than_a_minute(qwen_chat):
+    kinds, start = [*recipe.ARCHIVE, *recipe.RULER], time.process_time()
+    texts = [json.dumps(e) for e, in recipe.long_examples(0, "rl", 24, 32768, 1, kinds, qwen_chat)]
+    assert len(texts) == 24 and (time.process_time() - start) / 24 < 0.06
+
+
+def test_documents_do_not_depend_on_the_order_of_access(qwen_chat):
+    kinds = [*recipe.ARCHIVE, *recipe.RULER]
+    runs = [recipe.long_examples(3, "rl", 24, 1024, 1, kinds, qwen_chat) for _ in range(2)]
+    first = list(runs[0])
+    random.seed(7), np.random.seed(7)                          # nobody listens to these
+    list(recipe.long_examples(3, "test", 5, 1024, 1, kinds, qwen_chat))
+    assert list(runs[1]) == first and len({e["document"] for e, in first}) == 24
+
+
+def test_a_text_of_the_users_keeps_its_order_around_the_facts(tmp_path, qwen_chat):
+    text = " ".join(f"Sentence {i} of the book." for i in range(300)) + " 第一句。第二句！ The end"
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    sentences = recipe.read_haystack(recipe.Config(haystack=str(tmp_path / "a.txt")))
+    assert "".join(s if s == "第一句。" else s + " " for s in sentences).strip() == text and len(sentences) == 303
+    for e in archive_examples(5, 2000, qwen_chat, haystack=sentences):
+        numbers = [int(i) for i in re.findall(r"Sentence (\d+)", e["document"])]
+        assert numbers == [(numbers[0] + i) % 303 for i in range(303)][:len(numbers)] or 299 in numbers
+        assert len(numbers) > 50
+    (tmp_path / "b.txt").write_text(" \n")
+    with pytest.raises(UserError, match="no text"):
+        recipe.read_haystack(recipe.Config(haystack=str(tmp_path / "b.txt")))
+
+
+def user_files(path):
+    """JSONL files as a user may have them: long documents, chats, tests."""
+    rng = random.Random(0)
+    long = [dict(id=f"long {i}", document="Ada " * rng.randrange(20, 120), question=f"Who is {i}?", answer="Ada",
+                 theirs="Answer: Ada") for i in range(1500)]
+    chat = [dict(id=f"short {i}", answer="Bob", messages=[dict(role="user", content="Bob? " * rng.randrange(1, 9)),
+                                                          ASSISTANT]) for i in range(2000)]
+    names = dict(long_data="long.jsonl", short_data="chat.jsonl", test_data="long.jsonl")
+    write_lines(path / "long.jsonl", long), write_lines(path / "chat.jsonl", chat)
+    return {flag: str(path / name) for flag, name in names.items()} | dict(response_field="theirs")
+
+
+@pytest.mark.parametrize("share", [0.9, 0.3, 1.0, 0.0])
+def test_a_mixture_of_the_users_files_holds_its_share(share, tmp_path, capsys):
+    files = user_files(tmp_path)
+    cfg = recipe.Config(out=str(tmp_path / "out"), student="x", train_len=110, test_len=130, long_share=share, **files)
+    paths = recipe.write_data(cfg, TOKENIZER)
+    assert paths.keys() == {"sft", "rl", "test"}
+    assert read_lines(tmp_path / "out/data/test.jsonl") == read_lines(tmp_path / "long.jsonl")
+    for split, fields in dict(sft=True, rl=False).items():
+        examples, tokens = rollout.read_examples(paths[split], "response" if fields else None), {True: 0, False: 0}
+        for e in (examples[i] for i in range(len(examples))):
+            prompt = len(TOKENIZER.chat(rollout.prompt_messages(e)))
+            tokens["document" in e] += prompt + (len(TOKENIZER.completion("Answer: Ada")) if fields or "messages" in e else 0)
+            assert prompt <= 110
+        ids = [examples[i]["id"] for i in range(len(examples))]
+        assert abs(tokens[True] / sum(tokens.values()) - share) < 0.005 and len(set(ids)) == len(ids) >= 1000
+        assert ids != sorted(ids, key=lambda i: int(i.split()[1]))   # in random order
+    printed = capsys.readouterr().out
+    assert ("sft: " in printed) == (share > 0) and (share == 0 or "--long-data are left out" in printed)
+    if share == 0.3:
+        again = recipe.write_data(recipe.Config(**vars(cfg) | dict(out=str(tmp_path / "again"))), TOKENIZER)
+        assert open(again["sft"]).read() == open(paths["sft"]).read() != open(paths["rl"]).read()
+
+
+def test_a_missing_data_file_is_named(tmp_path):
+    for flag in ("haystack", "long_data", "short_data", "test_data"):
+        with pytest.raises(UserError, match=f"--{flag.replace('_', '-')}: there is no file .*nowhere"):
+            recipe.paths_of(recipe.Config(**{flag: f"{__file__}, nowhere"}), flag)
+
+
+def test_checkpoints_of_the_users_learn_five_kinds_and_are_tested_on_ruler_too(tmp_path, qwen_chat, monkeypatch):
+    mixture = recipe.mixture
+    monkeypatch.setattr(recipe, "mixture", lambda *args: itertools.islice(mixture(*args), 80))
+    cfg = recipe.Config(out=str(tmp_path), student="x", train_len=2048, test_len=4096, test_n=1)
+    found = {name: read_lines(tmp_path / "data" / f"{name}.jsonl") for name in recipe.write_data(cfg, qwen_chat)}
+    assert {name: {e["kind"] for e in examples} for name, examples in found.items()} == dict(
+        sft={*recipe.ARCHIVE, *recipe.SHORT}, rl={*recipe.ARCHIVE, *recipe.SHORT},
+        test={*recipe.ARCHIVE, *recipe.SHORT, *recipe.RULER})
+    assert len(found["test"]) == 3 + 3 * (5 + 7)
+    assert all("Answer:" in e["question"] for e in found["rl"])      # a model that has never seen the format is told of it
 
 
 def test_a_document_depends_on_seed_split_and_number_alone():
     def some(seed, split, n):
-        return list(recipe.long_examples(seed, split, n, 150, 3, 8, count_tokens))
+        return list(recipe.long_examples(seed, split, n, 150, 3, list(recipe.PILE), TOKENIZER))
     assert some(0, "sft", 9)[:4] == some(0, "sft", 4)
     keys = [(0, "sft"), (1, "sft"), (0, "rl"), (0, "test")]
     assert len({run[0]["document"] for key in keys for run in some(*key, 20)}) == 80
@@ -2011,9 +2213,10 @@ def test_scores_of_the_table_are_means_over_tasks_and_lengths():
     rows = [dict(family="hops", length=128, mean=0.5, stderr=0.3),
             dict(family="chain", length=128, mean=1.0, stderr=0.4),
             dict(family="sum", length=16, mean=0.25, stderr=0.1)]
-    found = recipe.summary(rows)
+    found = recipe.summary(rows, 128)
     assert found["long"] == 0.75 and found["long_stderr"] == pytest.approx(math.sqrt(0.3**2 + 0.4**2) / 2)
     assert found["short"] == 0.25 and found["short_stderr"] == pytest.approx(0.1)
+    assert recipe.summary(rows[:2], 128)["short"] is None
     lines = recipe.table([dict(arm="base", scores=rows, **found)]).split("\n")
     assert "hops 128" in lines[0] and lines[2].startswith("| base | 75.0 ± 25.0 | 25.0 ± 10.0 | 50 ± 30 |")
 
