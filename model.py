@@ -41,19 +41,36 @@ def parse_json(text, where):
     """The JSON object in a text or bytes."""
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{where} is not a JSON object")
     return content
 
 
-def read_json(path):
+def read_bytes(path):
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # a named pipe would be waited for
+            raise UserError(f"{path} is not a file")
         with open(path, "rb") as f:
-            return parse_json(f.read(), path)
+            return f.read()
     except OSError as error:
         raise UserError(f"{path} does not exist" if not os.path.exists(path) else f"{path}: {error}") from None
+
+
+def read_json(path):
+    return parse_json(read_bytes(path), path)
+
+
+@contextmanager
+def laid_out_as(what, where):
+    """Guard of lines that only take fields out of foreign JSON: one that is not there, or is something else, is named."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{where} is not laid out as {what}: {type(error).__name__} {str(error)!r:.200}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------- tokenizer
@@ -62,6 +79,7 @@ def read_json(path):
 QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # ByteLevel's own, use_regex
+PATTERNS = (QWEN_PATTERN, QWEN_PATTERN.replace(r"\p{N}| ?", r"\p{N}{1,3}| ?"), GPT2_PATTERN)  # the second: Llama 3
 CHATML = {"<|im_start|>", "<|im_end|>"}  # the special tokens that a chat template writes
 LLAMA3 = {"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
@@ -76,6 +94,24 @@ def byte_alphabet():
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(moved)}
 
 
+def joined_last(a, b, last, rank):
+    """Whether byte pair encoding makes a + b of a and b: nothing is joined across their border before.
+
+    Goes back in time: of the two tokens at the border, the one made later is taken apart."""
+    before = rank[a + b]
+    while rank.get(a + b, before) >= before:
+        if len(a) == len(b) == 1:
+            return True
+        take_left = len(b) == 1 or len(a) > 1 and rank[a] > rank[b]
+        if (a if take_left else b) not in last:
+            return False
+        if take_left:
+            before, a = rank[a], last[a][1]
+        else:
+            before, b = rank[b] + 1, last[b][0]  # of equal ranks the left one comes first
+    return False
+
+
 class Tokenizer:
     """Byte-level BPE of a Hugging Face `tokenizer.json`, run by tiktoken, and the chat template that goes with it.
 
@@ -88,86 +124,105 @@ class Tokenizer:
         if "tokenizer.json" not in files:
             raise UserError(f"{where} has no tokenizer.json")
         spec, config, generation = (parse_json(files.get(name, "{}"), f"{where}/{name}") for name in TOKENIZER_FILES[:3])
-        self.pattern, self.nfc = self._check_supported(spec)
-        added = spec.get("added_tokens", [])
-        self.special = {t["content"]: t["id"] for t in added}
-        self.markup = {t["content"] for t in added if not t["special"]}  # those a model may write itself, such as <think>
-        self.ranks, merged = self._ranks(spec["model"])
-        self.n_vocab = max([*self.ranks.values(), *self.special.values()]) + 1  # the model's rows beyond are never used
+        with laid_out_as("one of byte-level BPE", f"{where}/tokenizer.json"):
+            pairs = self._read_spec(spec)
         # tiktoken wants all 256 bytes: those the vocabulary lacks get ids past its end, and encode() drops them
         self.missing = bytes(b for b in range(256) if bytes([b]) not in self.ranks)
         ranks = self.ranks | {bytes([b]): self.n_vocab + i for i, b in enumerate(self.missing)}
         self.encoding = tiktoken.Encoding("checkpoint", pat_str=self.pattern, mergeable_ranks=ranks,
                                           special_tokens=self.special)
-        self._check_same_merges(merged, spec["model"].get("ignore_merges"))
+        self._check_same_merges(pairs, spec["model"])
 
-        post = spec.get("post_processor") or {}  # what the file puts in front of plain text: Llama's <|begin_of_text|>
-        first = [step["single"][0] for step in post.get("processors", [post]) if step.get("single")]
-        self.bos = [self.special[f["SpecialToken"]["id"]] for f in first if "SpecialToken" in f]
-        eos, stops = config.get("eos_token"), generation.get("eos_token_id") or []
-        eos = eos["content"] if isinstance(eos, dict) else eos
-        self.template = self._known_template(config)  # None in a base model: fine until somebody asks for a chat
+        with laid_out_as("one with an eos_token and a chat_template", f"{where}/tokenizer_config.json"):
+            eos = config.get("eos_token")
+            eos = eos["content"] if isinstance(eos, dict) else eos
+            if eos is not None and eos not in self.special:
+                raise UserError(f"{where}: eos_token {eos!r:.80} of tokenizer_config.json is not an added token")
+            self.template = self._known_template(config)  # None in a base model: fine until somebody asks for a chat
         self.turn_end = eos if self.template is None else "<|im_end|>" if "<|im_end|>" in self.template else "<|eot_id|>"
-        self.stop_ids = sorted({self.special[name] for name in (eos, self.turn_end) if name in self.special}
-                               | {*([stops] if isinstance(stops, int) else stops)})
+        stops = generation.get("eos_token_id")
+        stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
+        if not all(type(i) is int and 0 <= i < self.n_vocab for i in stops):
+            raise UserError(f"{where}/generation_config.json: eos_token_id {stops!r:.80} is not below {self.n_vocab}")
+        self.stop_ids = sorted({self.special[name] for name in (eos, self.turn_end) if name is not None} | {*stops})
 
     @classmethod
     def from_dir(cls, path):
         files = {}
         for name in TOKENIZER_FILES:
-            if os.path.exists(os.path.join(path, name)):
-                with open(os.path.join(path, name), "rb") as f:
-                    files[name] = f.read()
+            if os.path.lexists(os.path.join(path, name)):
+                files[name] = read_bytes(os.path.join(path, name))
         return cls(files, where=path)
 
     def _refuse(self, what):
         raise UserError(f"{self.where}/tokenizer.json: {what} is not supported (only byte-level BPE is)")
 
-    def _check_supported(self, spec):
-        """The pre-tokenisation pattern and whether text is NFC-normalised; refuse what tiktoken cannot do exactly."""
+    def _read_spec(self, spec):
+        """Take what we use out of tokenizer.json, refuse what tiktoken cannot do -> its merges."""
         bpe, pre, normalizer = (spec.get(key) or {} for key in ("model", "pre_tokenizer", "normalizer"))
         if bpe.get("type") != "BPE":
-            self._refuse(f"model type {bpe.get('type')!r}")
+            self._refuse(f"model type {bpe.get('type')!r:.80}")
         for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
             if bpe.get(key):
-                self._refuse(f"{key} {bpe[key]!r}")
-        for token in spec.get("added_tokens", []):
-            if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
-                self._refuse(f"added token {token['content']!r} with lstrip, rstrip or single_word")
-        if normalizer.get("type") not in (None, "NFC"):
-            self._refuse(f"normalizer {normalizer['type']!r}")
+                self._refuse(f"{key} {bpe[key]!r:.80}")
+        self.nfc = bool(normalizer)
+        if self.nfc and normalizer["type"] != "NFC":
+            self._refuse(f"normalizer {normalizer['type']!r:.80}")
         *splits, level = pre.get("pretokenizers") or [pre]
-        pattern = splits[0].get("pattern", {}).get("Regex") if splits else GPT2_PATTERN
-        known = (level.get("type") == "ByteLevel" and not level.get("add_prefix_space") and len(splits) < 2 and pattern
-                 and all(s.get("behavior") == "Isolated" and not s.get("invert") for s in splits)
-                 and level.get("use_regex", True) == (not splits))
-        if not known or regex.sub(pattern, "", "".join(map(chr, range(0x3000)))):  # tiktoken drops text that matches nowhere
-            self._refuse(f"pre_tokenizer {pre}")
-        return pattern, normalizer.get("type") == "NFC"
+        self.pattern = splits[0].get("pattern", {}).get("Regex") if splits else GPT2_PATTERN
+        if not (level.get("type") == "ByteLevel" and not level.get("add_prefix_space") and self.pattern in PATTERNS
+                and all(s["type"] == "Split" and s["behavior"] == "Isolated" and not s.get("invert") for s in splits)
+                and len(splits) < 2 and level.get("use_regex", True) == (not splits)):
+            self._refuse(f"pre_tokenizer {pre!r:.400}")
+        post = spec.get("post_processor") or {"type": "ByteLevel"}
+        steps = post["processors"] if post["type"] == "Sequence" else [post]
+        if not all(step["type"] in ("ByteLevel", "TemplateProcessing") for step in steps):
+            self._refuse(f"post_processor {post!r:.400}")
 
-    def _ranks(self, bpe):
-        """Bytes of every ordinary token -> id, and the ids that merges make, in their order."""
+        added = spec.get("added_tokens") or []
+        for token in added:
+            if not isinstance(token["special"], bool) or len(token["content"].encode()) < 2:  # one byte: lost to plain text
+                self._refuse(f"added token {token!r:.200}")
+            if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
+                self._refuse(f"added token {token['content']!r:.80} with lstrip, rstrip or single_word")
+        self.special = {t["content"]: t["id"] for t in added}
+        self.markup = {t["content"] for t in added if not t["special"]}  # those a model may write itself, such as <think>
+        # what the file puts in front of plain text: Llama's <|begin_of_text|>
+        first = [step["single"][0] for step in steps if step["type"] == "TemplateProcessing"]
+        self.bos = [self.special[f["SpecialToken"]["id"]] for f in first if "Sequence" not in f]
+        return self._read_vocabulary(bpe["vocab"], bpe["merges"])
+
+    def _read_vocabulary(self, vocab, merges):
         byte_of = {c: b for b, c in byte_alphabet().items()}
         try:
-            ranks = {bytes(byte_of[c] for c in t): i for t, i in bpe["vocab"].items() if t not in self.special}
-            merged = [bpe["vocab"]["".join(m.split(" ") if isinstance(m, str) else m)] for m in bpe["merges"]]
+            self.ranks = {bytes(byte_of[c] for c in t): i for t, i in vocab.items() if t not in self.special}
+            pairs = [m.split(" ") if isinstance(m, str) else m for m in merges]
+            merged = [(vocab[a], vocab[b], vocab[a + b])[2] for a, b in pairs]  # all three must be tokens
         except KeyError as missing:
-            self._refuse(f"{missing} in the vocabulary or the merges")
-        if len(set(ranks.values())) < len(ranks):
-            self._refuse("a vocabulary that gives two tokens one id")
-        return ranks, merged
-
-    def _check_same_merges(self, merged, ignore_merges):
-        """tiktoken has no list of merges: it joins any two neighbours that make a token, the lowest id first, and takes a
-        piece that is a token as a whole (the file's ignore_merges). Refuse a file for which this gives other ids."""
+            self._refuse(f"{str(missing):.80} in the vocabulary or the merges")
+        ids = [*self.ranks.values(), *self.special.values()]
+        if ("" in vocab or {*map(type, ids)} != {int} or sorted(ids) != [*range(len(ids))]
+                or any(vocab.get(name, i) != i for name, i in self.special.items())):
+            self._refuse("a vocabulary that gives two tokens one id, an id to no token or to an empty one,")
         if any(a > b for a, b in zip(merged, merged[1:])):
             self._refuse("a vocabulary whose ids do not follow the order of its merges")
-        merged = set(merged)
+        self.n_vocab = len(ids)  # the model's rows beyond are never used
+        return pairs
+
+    def _check_same_merges(self, pairs, bpe):
+        """tiktoken has no list of merges: it joins any two neighbours that make a token, the lowest id first, and takes a
+        piece that is a token as a whole (the file's ignore_merges). Refuse a file for which this gives other ids."""
+        last = {}  # token -> the two that are joined last when it is made, if the file lists them
+        for a, b in pairs:
+            if a + b not in last and joined_last(a, b, last, bpe["vocab"]):
+                last[a + b] = a, b
+        made = {bpe["vocab"][token] for token in last}
         for token, i in self.ranks.items():
-            if i not in merged and any(token[:k] in self.ranks and token[k:] in self.ranks for k in range(1, len(token))):
-                self._refuse(f"token {token!r} that two others make up, without a merge for it,")
             # text has no byte 255, so nothing merges with it: in front of it we see what the merges alone make of the token
-            if not ignore_merges and self.encoding._encode_single_piece(token + b"\xff")[:-1] != [i]:
+            reached = self.encoding._encode_single_piece(token + b"\xff")[:-1] == [i]
+            if reached and len(token) > 1 and i not in made:
+                self._refuse(f"token {token!r} that two others make up, without a merge for it,")
+            if not reached and not bpe.get("ignore_merges"):
                 self._refuse(f"token {token!r} that its merges cannot reach, without ignore_merges,")
 
     def _known_template(self, config):
@@ -299,6 +354,15 @@ ROPE_NUMBERS = {"default": [], "linear": ["factor"], "yarn": ["factor", "origina
                 "llama3": ["factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"]}
 
 
+ROPE_OPTIONS = ["beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"]  # of yarn
+# Sizes beyond these are mistakes: the model would take memory, or overflow, before its shapes are compared with the files'
+LARGEST = {int: 10**9, float: 1e30, "num_hidden_layers": 10**3, "num_attention_heads": 10**5, "head_dim": 10**4}
+
+
+def is_positive(value, kind, largest):
+    return type(value) in (int, kind) and 0 < value <= largest  # type: True is no number; NaN is never <=
+
+
 @dataclass
 class Config:
     """Shape of a decoder. Field names and meanings are those of Hugging Face's config.json."""
@@ -323,42 +387,50 @@ class Config:
         """Read path/config.json. Raises UserError for another architecture, a missing field or an unsupported option."""
         where = os.path.join(path, "config.json")
         raw = read_json(where)
+        with laid_out_as("a decoder's", where):
+            cls._fill_in(raw, where)
+        for f in dataclasses.fields(cls):
+            value, largest = raw.setdefault(f.name, f.default), LARGEST.get(f.name, LARGEST.get(f.type))
+            if not (is_positive(value, f.type, largest) if largest else isinstance(value, f.type)):
+                found = "missing" if value is dataclasses.MISSING else f"{value!r:.80}"
+                kind = f"a positive {f.type.__name__} up to {largest:,}" if largest else f.type.__name__
+                raise UserError(f"{where}: {f.name} is {found}, expected {kind}")
+        config = cls(**{f.name: raw[f.name] for f in dataclasses.fields(cls)})
+        if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2 or config.rope_theta <= 1:
+            raise UserError(f"{where}: num_attention_heads {config.num_attention_heads} must be a multiple of "
+                            f"num_key_value_heads {config.num_key_value_heads}, head_dim {config.head_dim} even, and "
+                            f"rope_theta {config.rope_theta} above 1")
+        return config
+
+    @staticmethod
+    def _fill_in(raw, where):
+        """Refuse what is not supported, and put in place what transformers assumes where the file is silent."""
         found = (raw.get("architectures") or [None])[0]
         if found not in ARCHITECTURES:
-            raise UserError(f"{where}: architecture {found!r} is not supported; these are: {', '.join(ARCHITECTURES)}")
-        if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or []):
-            raise UserError(f"{where}: sliding-window attention is not supported")
+            raise UserError(f"{where}: architecture {found!r:.80} is not supported; these are: {', '.join(ARCHITECTURES)}")
+        if raw.get("use_sliding_window") or {*(raw.get("layer_types") or [])} - {"full_attention"}:
+            raise UserError(f"{where}: sliding-window attention is not supported (full attention is)")
         if raw.get("hidden_act", "silu") != "silu":
-            raise UserError(f"{where}: hidden_act {raw['hidden_act']!r} is not supported (silu is)")
-
-        # what transformers assumes where the file is silent
+            raise UserError(f"{where}: hidden_act {raw['hidden_act']!r:.80} is not supported (silu is)")
         heads, raw["model_type"] = raw.get("num_attention_heads") or 1, ARCHITECTURES[found]
         raw["num_key_value_heads"] = raw.get("num_key_value_heads") or heads
         raw["head_dim"] = raw.get("head_dim") or (128 if found == "Qwen3ForCausalLM" else raw.get("hidden_size", 0) // heads)
         raw.setdefault("tie_word_embeddings", False)
-        rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})  # old spelling, new spelling
+        rope = {**(raw.get("rope_scaling") or raw.get("rope_parameters") or {})}  # old spelling, new spelling
         kind = rope.pop("rope_type", rope.pop("type", "default"))
         raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 1e4))
         if kind not in ROPE_NUMBERS:
-            raise UserError(f"{where}: RoPE scaling {kind!r} is not supported; these are: {', '.join(ROPE_NUMBERS)}")
+            raise UserError(f"{where}: RoPE scaling {kind!r:.80} is not supported; these are: {', '.join(ROPE_NUMBERS)}")
         original = "original_max_position_embeddings"
         if original in ROPE_NUMBERS[kind]:
             rope[original] = raw.get(original) or rope.get(original) or raw.get("max_position_embeddings")
         raw["rope_scaling"] = {"rope_type": kind, **rope} if kind != "default" else None
-        for name in ROPE_NUMBERS[kind]:
-            if not isinstance(rope.get(name), int | float):
-                raise UserError(f"{where}: RoPE scaling {kind!r} needs a number {name}, found {rope.get(name)!r}")
-
-        for f in dataclasses.fields(cls):
-            value, number = raw.setdefault(f.name, f.default), f.type in (int, float)
-            if not isinstance(value, int | float if f.type is float else f.type) or number and value <= 0:
-                found = "missing" if value is dataclasses.MISSING else repr(value)
-                raise UserError(f"{where}: {f.name} is {found}, expected {'a positive ' * number}{f.type.__name__}")
-        config = cls(**{f.name: raw[f.name] for f in dataclasses.fields(cls)})
-        if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
-            raise UserError(f"{where}: num_attention_heads {config.num_attention_heads} must be a multiple of "
-                            f"num_key_value_heads {config.num_key_value_heads}, and head_dim {config.head_dim} even")
-        return config
+        for name in ROPE_NUMBERS[kind] + [name for name in ROPE_OPTIONS if rope.get(name) is not None]:
+            if not is_positive(rope.get(name), float, LARGEST[float]):
+                raise UserError(f"{where}: RoPE scaling {kind!r} needs a number {name} above 0, found "
+                                f"{rope.get(name)!r:.80}")
+        if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"] or type(rope.get("truncate", True)) != bool:
+            raise UserError(f"{where}: RoPE scaling needs low_freq_factor < high_freq_factor, and a truncate of true or false")
 
     def to_dict(self, dtype):
         """What we write as config.json."""
@@ -649,13 +721,14 @@ SHARD_BYTES = 5 * 10**9
 def shard_files(path):
     """The safetensors files of a checkpoint directory: those its index names, or model.safetensors."""
     index, names, why = os.path.join(path, "model.safetensors.index.json"), {"model.safetensors"}, ""
-    if os.path.exists(index):
-        weight_map = read_json(index).get("weight_map")
-        if not weight_map or not isinstance(weight_map, dict):
-            raise UserError(f"{index} has no weight_map")
-        names, why = set(weight_map.values()), f", which {os.path.basename(index)} names"
+    if os.path.lexists(index):
+        with laid_out_as("one with a weight_map: tensor name -> name of a safetensors file beside it", index):
+            names = {*read_json(index)["weight_map"].values()}
+            if not names or not all(re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
+                raise ValueError(names)
+        why = f", which {os.path.basename(index)} names"
     for name in names:
-        if not os.path.exists(os.path.join(path, name)):
+        if not os.path.isfile(os.path.join(path, name)):
             raise UserError(f"{path} has no {name}{why}")
     return [os.path.join(path, name) for name in sorted(names)]
 
@@ -687,14 +760,16 @@ def load(path, dtype=torch.float32, device="cpu", sharded=False):
         try:
             with safe_open(file, framework="pt") as f:
                 for name in f.keys():
+                    if name in found:
+                        raise UserError(f"{file}: tensor {name} is in another file too")
                     tensor = f.get_slice(name)
                     found[name] = tuple(tensor.get_shape())
                     if tensor.get_dtype() not in ("F32", "F16", "BF16"):
                         raise UserError(f"{file}: tensor {name} is {tensor.get_dtype()}, expected F32, F16 or BF16")
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} cannot be read, is it truncated? ({error})") from None
+            raise UserError(f"{file} cannot be read, is it truncated? ({str(error)!r:.200})") from None
     if config.tie_word_embeddings:
-        found.pop("lm_head.weight", None)  # some files store the tied head a second time
+        found.pop("lm_head.weight", None)  # some files store the tied head a second time: compared below
     found = {name: shape for name, shape in found.items() if not name.endswith("rotary_emb.inv_freq")}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
@@ -704,7 +779,7 @@ def load(path, dtype=torch.float32, device="cpu", sharded=False):
     sharded = sharded and dist.is_initialized()
     if sharded:
         shard(model.to(dtype), device).to_empty(device=device)
-        model.frequencies, model.rope_factor = rope_frequencies(config)
+    second_head = None
     for file in files:
         with safe_open(file, framework="pt", device="cpu" if sharded else str(device)) as f:
             tensors = {name.removeprefix("model."): name for name in f.keys() & expected.keys()}
@@ -715,15 +790,28 @@ def load(path, dtype=torch.float32, device="cpu", sharded=False):
             else:
                 model.load_state_dict({name: f.get_tensor(stored).to(dtype) for name, stored in tensors.items()},
                                       strict=False, assign=True)
+            if config.tie_word_embeddings and "lm_head.weight" in f.keys():
+                second_head = file
+    if second_head:
+        embedding = model.embed_tokens.weight.detach()
+        stored = torch.empty_like(embedding)
+        with safe_open(second_head, framework="pt") as f:
+            read_part(f, "lm_head.weight", stored)
+        if not torch.equal(own_part(stored), own_part(embedding)):
+            raise UserError(f"{path}: tie_word_embeddings is true, but lm_head.weight is not the embedding")
     return model, tokenizer
 
 
+def own_part(tensor):
+    """The rows of a tensor that this rank holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def read_part(file, name, tensor):
-    """Fill a tensor from an open safetensors file; of one that is sharded, this rank's rows. FSDP2 deals rows as chunk() does."""
+    """Fill a tensor from an open safetensors file; of one that is sharded, this rank's rows: FSDP2 deals them as chunk() does."""
     if isinstance(tensor, DTensor):
-        rows, whole, tensor = -(-len(tensor) // world()), len(tensor), tensor.to_local()
-        first = min(rank() * rows, whole)
-        tensor.copy_(file.get_slice(name)[first:first + len(tensor)])
+        first = min(rank() * -(-len(tensor) // world()), len(tensor))
+        own_part(tensor).copy_(file.get_slice(name)[first:first + len(own_part(tensor))])
     else:
         tensor.copy_(file.get_tensor(name))
 

@@ -8,14 +8,15 @@ Oracles are written the slow and obvious way: a whole forward pass per token, a 
 expectation, fp64. Where others have defined what right is, transformers==5.23.0, tokenizers and trl==1.16.0 are asked.
 Without a GPU the Triton kernels run in Triton's interpreter, from the same source.
 """
-import ast, base64, importlib.util, itertools, json, math, os, random, re, runpy, signal, statistics, subprocess, sys, time
-import unicodedata
+import ast, base64, copy, importlib.util, itertools, json, math, os, random, re, resource, runpy, shutil, signal, statistics
+import subprocess, sys, time, unicodedata
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import regex
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -656,6 +657,10 @@ def test_a_tied_head_and_rotary_tables_stored_in_the_file_do_not_matter(tmp_path
                 "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     save_file(tensors, tmp_path / "x" / "model.safetensors")
     assert torch.equal(load(tmp_path / "x")[0].logits(byte_ids(9)), ours.logits(byte_ids(9)))
+    tensors["lm_head.weight"][7, 7] += 1
+    save_file(tensors, tmp_path / "x" / "model.safetensors")
+    with pytest.raises(UserError, match="tie_word_embeddings is true, but lm_head.weight is not the embedding"):
+        load(tmp_path / "x")
 
 
 def test_training_a_loaded_model_leaves_its_file_alone(tmp_path):
@@ -871,7 +876,7 @@ def test_gpt2_pre_tokenizer_and_two_spellings_of_merges():
     (lambda spec: spec["model"]["merges"].append(["c", "b"]), "'cb' in the vocabulary or the merges"),
     (lambda spec: spec["model"]["merges"].reverse(), "ids do not follow the order of its merges"),
     (lambda spec: spec["model"]["merges"].pop(), "token b'abc' that two others make up, without a merge"),
-    (lambda spec: spec["model"]["vocab"].update({"acb": 99}), "token b'acb' that its merges cannot reach"),
+    (lambda spec: spec["model"]["vocab"].update({"acb": 6}), "token b'acb' that its merges cannot reach"),
     (lambda spec: spec.update(normalizer=dict(type="Lowercase")), "normalizer 'Lowercase'"),
     (lambda spec: spec.update(pre_tokenizer=dict(type="Metaspace")), "pre_tokenizer {'type': 'Metaspace'}"),
     (lambda spec: spec.update(pre_tokenizer=None), "pre_tokenizer"),
@@ -882,7 +887,19 @@ def test_gpt2_pre_tokenizer_and_two_spellings_of_merges():
     (lambda spec: spec["pre_tokenizer"]["pretokenizers"].insert(0, dict(type="Digits")), "Digits"),
     (lambda spec: spec["pre_tokenizer"]["pretokenizers"].insert(0, spec["pre_tokenizer"]["pretokenizers"][0]), "pre_tokenizer"),
     (lambda spec: spec["pre_tokenizer"]["pretokenizers"][0].update(pattern=dict(Regex=r"\p{L}+")), "pre_tokenizer"),
+    (lambda spec: spec["pre_tokenizer"]["pretokenizers"][0].update(pattern=dict(Regex="(")), "pre_tokenizer"),
+    (lambda spec: spec["pre_tokenizer"]["pretokenizers"][0].update(pattern=dict(Regex=r"(\w|\w\w)+!|\s|.")), "pre_tokenizer"),
     (lambda spec: spec["added_tokens"][0].update(lstrip=True), "'<eot>' with lstrip"),
+    (lambda spec: spec["added_tokens"][0].update(id=9), "an id to no token"),
+    (lambda spec: spec["model"]["vocab"].update({"<eot>": 9}), "gives two tokens one id"),
+    (lambda spec: spec["model"]["vocab"].update({"": 6}), "or to an empty one"),
+    (lambda spec: spec["added_tokens"].append(dict(id=6, content="a", special=True)), "added token {'id': 6, 'content': 'a'"),
+    (lambda spec: spec["added_tokens"][0].update(content="\ud800"), "not laid out as one of byte-level BPE: UnicodeEncodeError"),
+    (lambda spec: spec["model"].update(merges=[["a", "b"], ["a", "bc"], ["b", "c"]], vocab=spec["model"]["vocab"] | {"bc": 6}),
+     "token b'abc' that two others make up, without a merge"),
+    (lambda spec: spec["model"]["merges"].append(["a", "b", "c"]), "not laid out as one of byte-level BPE: ValueError"),
+    (lambda spec: spec["model"].pop("vocab"), "not laid out as one of byte-level BPE: KeyError .*vocab"),
+    (lambda spec: spec.update(post_processor=dict(type="BertProcessing")), "post_processor {'type': 'BertProcessing'}"),
 ])
 def test_a_tokenizer_we_cannot_represent_is_refused_by_name(change, message):
     vocab = {"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4}
@@ -1025,20 +1042,40 @@ BAD = {
     "rope": (edit("config.json", rope_scaling=dict(type="dynamic", factor=2.0)),
              "RoPE scaling 'dynamic' is not supported; these are: default, linear, yarn, llama3"),
     "rope number": (edit("config.json", rope_scaling=dict(rope_type="linear")),
-                    "RoPE scaling 'linear' needs a number factor, found None"),
+                    "RoPE scaling 'linear' needs a number factor above 0, found None"),
+    "rope text": (edit("config.json", rope_theta="1e6"), "rope_theta is '1e6', expected a positive float"),
+    "rope NaN": (edit("config.json", rope_scaling=dict(rope_type="linear", factor=math.nan)), "a number factor above 0, found nan"),
+    "rope order": (edit("config.json", rope_scaling=LLAMA3 | dict(low_freq_factor=4.0)), "needs low_freq_factor < high_freq_factor"),
+    "rope truncate": (edit("config.json", rope_scaling=YARN | dict(truncate="no")), "a truncate of true or false"),
+    "rope option": (edit("config.json", rope_scaling=YARN | dict(beta_fast=-1)), "a number beta_fast above 0, found -1"),
+    "rope base": (edit("config.json", rope_theta=1), "and rope_theta 1 above 1"),
+    "layer types": (edit("config.json", layer_types=["x"]), "sliding-window attention is not supported"),
+    "link to nothing": (lambda path: ((path / "tokenizer_config.json").unlink(), (path / "tokenizer_config.json").symlink_to("y")),
+                        "tokenizer_config.json does not exist"),
+    "NaN": (edit("config.json", rms_norm_eps=math.nan), "rms_norm_eps is nan, expected a positive float"),
+    "true is no number": (edit("config.json", num_hidden_layers=True), "num_hidden_layers is True, expected a positive int"),
+    "layers without end": (edit("config.json", num_hidden_layers=10**9), "is 1000000000, expected a positive int up to 1,000"),
+    "endless heads": (edit("config.json", head_dim=10**13), "head_dim is 10000000000000, expected a positive int up to 10,000"),
+    "tensor in two files": (edit_weights(lambda t: t.update({"model.embed_tokens.weight": t[NORM].clone()})),
+                            "model-00002-of-00002.safetensors: tensor model.embed_tokens.weight is in another file too"),
+    "index out of the directory": (edit("model.safetensors.index.json", weight_map={NORM: "../y.safetensors"}),
+                                   "index.json is not laid out as one with a weight_map"),
+    "stop id": (edit("generation_config.json", eos_token_id=[1, 262]), "eos_token_id \\[1, 262\\] is not below 262"),
+    "stop token": (edit("tokenizer_config.json", eos_token="<|end|>"), "eos_token '<.end.>' of tokenizer_config.json is not an"),
+    "template": (edit("tokenizer_config.json", chat_template=5), "tokenizer_config.json is not laid out as one with .* a chat_template"),
     "missing tensor": (edit_weights(lambda t: t.pop(NORM)), f"tensor {NORM} is missing, expected \\(32,\\)"),
     "extra tensor": (edit_weights(lambda t: t.update({"model.norm.bias": t[NORM].clone()})),
                      "tensor model.norm.bias is \\(32,\\), expected no such tensor"),
     "wrong shape": (edit_weights(lambda t: t.update({UP: t[UP].T.contiguous()})),
                     f"tensor {UP} is \\(32, 48\\), expected \\(48, 32\\)"),
-    "shape of another config": (edit("config.json", vocab_size=10**13),  # would need more memory than there is
-                                "model.embed_tokens.weight is \\(300, 32\\), expected \\(10000000000000, 32\\)"),
+    "shape of another config": (edit("config.json", vocab_size=10**9),  # would need more memory than there is
+                                "model.embed_tokens.weight is \\(300, 32\\), expected \\(1000000000, 32\\)"),
     "wrong dtype": (edit_weights(lambda t: t.update({UP: t[UP].to(torch.int8)})), f"tensor {UP} is I8, expected F32, F16 or BF16"),
     "truncated file": (cut, "model-00002-of-00002.safetensors cannot be read, is it truncated"),
     "missing shard": (lambda path: (path / "model-00002-of-00002.safetensors").unlink(),
                       "no model-00002-of-00002.safetensors, which model.safetensors.index.json names"),
     "no weights": (lambda path: (path / "model.safetensors.index.json").unlink(), "x has no model.safetensors"),
-    "empty index": (edit("model.safetensors.index.json", weight_map=None), "index.json has no weight_map"),
+    "empty index": (edit("model.safetensors.index.json", weight_map=None), "index.json is not laid out as one with a weight_map"),
     "no tokenizer": (lambda path: (path / "tokenizer.json").unlink(), "x has no tokenizer.json"),
     "broken tokenizer": (lambda path: (path / "tokenizer.json").write_text("{"), "x/tokenizer.json is not valid JSON"),
     "broken tokenizer config": (lambda path: (path / "tokenizer_config.json").write_bytes(b"\xff"),
@@ -1064,6 +1101,256 @@ def test_bad_checkpoints_are_refused_before_memory_is_taken(tmp_path, monkeypatc
     with pytest.raises(UserError, match=message) as error:
         load(path)
     assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------- checkpoints: random corruption
+
+NESTED = json.loads("[" * 40 + "]" * 40)
+ODD = [None, True, False, "", "x", "1", "a\nb", "\ud800", "(", "(a*)*", "<|im_end|>", 0, 1, -1, 3, 0.5, -2.5, 1e-300, 1e300, math.nan, math.inf,
+       2**31, 2**63, 10**15, 10**400, [], {}, [1], ["x"], [[]], [None], [{}], {"a": 1}, {"content": "x"}, NESTED]
+
+
+def corrupt_json(rng, content):
+    """Change one value somewhere in a JSON document: odd, nearly right, removed, renamed, repeated, exchanged with another."""
+    parent, inner = None, content
+    while parent is None or inner and isinstance(inner, dict | list) and rng.random() < 0.8:
+        parent, keys = inner, list(inner) if isinstance(inner, dict) else range(len(inner))
+        key, other = rng.choice(keys), rng.choice(keys)
+        inner = parent[key]
+    value, how = inner, rng.randrange(8)
+    if how == 0:
+        del parent[key]
+    elif how == 1 and isinstance(parent, dict):
+        parent[rng.choice([key + "_", key[1:], "", "\ud800"])] = parent.pop(key)
+    elif how == 1:
+        parent.insert(key, value)
+    elif how == 2:
+        parent[key], parent[other] = parent[other], value
+    elif how == 3:
+        parent[key] = [value]
+    elif how == 4 and isinstance(value, int | float):
+        parent[key] = rng.choice([value + 1, value - 1, value * 2, -value, float(min(value, 2**30)), str(value)])
+    elif how == 4 and isinstance(value, str):
+        at = rng.randrange(len(value) + 1)
+        parent[key] = value[:at] + rng.choice(["", *"\\(|+?* a\u2581"]) + value[at + rng.randrange(2):]
+    else:
+        parent[key] = rng.choice(ODD)
+
+
+def corrupt_bytes(rng, data):
+    at, n, first = rng.randrange(len(data)), rng.choice([1, 8, 200]), rng.randrange(256)
+    return rng.choice([data[:at] + bytes([first]) + data[at + 1:], data[:at] + bytes([data[at] ^ 1 << first % 8]) + data[at + 1:],
+                       data[:at], data[:at] + data[at + n:], data[:at + n] + data[at:], data[:at] + rng.randbytes(n) + data[at:],
+                       data + bytes(n), b"", b"\xff\xfe" + data, b"[" * 200_000, b"[]", data.decode("latin-1").encode("utf-16"),
+                       b"\xef\xbb\xbf" + data])
+
+
+def corrupt_header(rng, data):
+    """Of a safetensors file: sizes, dtypes, shapes and offsets that contradict each other or claim what is not there."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + size])
+    a, b = (header[name] for name in rng.sample([name for name in header if name != "__metadata__"], 2))
+    field, how = rng.choice(["dtype", "shape", "data_offsets"]), rng.randrange(6)
+    if how == 0:
+        a[field], b[field] = b[field], a[field]
+    elif how == 1:
+        a["shape"] = rng.choice([[10**15], [10**8, 10**8], [2**63, 2], [0], [], a["shape"][::-1], a["shape"] + [1], [-1]])
+    elif how == 2:
+        a["dtype"] = rng.choice(["F64", "F16", "BF16", "F32", "I32", "BOOL", "F4", "F8_E5M2", "x"])
+    elif how == 3:
+        a["data_offsets"][rng.randrange(2)] += rng.choice([-4, 4, 10**15, 2**63])
+    elif how == 4:
+        corrupt_json(rng, header)
+    text = json.dumps(header).encode()
+    lies = how == 5 and rng.choice([0, len(text) + 1, len(text) - 1, 10**9, 2**63, 2**64 - 1])
+    return (lies or len(text)).to_bytes(8, "little") + text + data[8 + size:]
+
+
+def corrupt(rng, path):
+    """Damage one file -> what was done to it."""
+    data, how = path.read_bytes(), rng.random()
+    if how < 0.1:
+        path.unlink()
+        fault = rng.choice(["gone", "directory", "pipe", "link to nothing", "endless", "unreadable"])
+        if fault == "directory":
+            path.mkdir()
+        elif fault == "pipe":
+            os.mkfifo(path)
+        elif fault == "unreadable":
+            path.write_bytes(data)
+            path.chmod(0)
+        elif fault != "gone":
+            path.symlink_to("/dev/zero" if fault == "endless" else "nowhere")
+        return f"{path.name}: {fault}"
+    if how < 0.4:
+        changed = corrupt_bytes(rng, data)
+    elif path.suffix == ".safetensors":
+        changed = corrupt_header(rng, data)
+    else:
+        content = json.loads(data)
+        for _ in range(rng.choice([1, 1, 1, 2, 4])):
+            corrupt_json(rng, content) if content else None
+        changed = json.dumps(content).encode()
+    path.write_bytes(changed)
+    return f"{path.name}: {changed[:3000]!r}"
+
+
+@contextmanager
+def limits(seconds=5, memory=2 * 2**30):
+    """A hang and a huge allocation become exceptions."""
+    def late(*_):
+        raise RuntimeError(f"took more than {seconds} s")
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    before, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, late)
+    resource.setrlimit(resource.RLIMIT_AS, (used + memory, before[1]))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def stored(path):
+    """Tensors of a safetensors file, read by hand."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    for name, t in json.loads(data[8:start]).items():
+        if name != "__metadata__":
+            dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[t["dtype"]]
+            first, last = (start + at for at in t["data_offsets"])
+            yield name, torch.frombuffer(bytearray(data[first:last]), dtype=dtype).view(t["shape"]).float()
+
+
+def slow_encode(spec, text):
+    """Ids of a text as tokenizer.json puts it: cut by the pattern, then join the pair that comes first in the merges."""
+    bpe, alphabet, ids = spec["model"], byte_alphabet(), []
+    splits = spec["pre_tokenizer"].get("pretokenizers", [{}])
+    pattern = splits[0]["pattern"]["Regex"] if len(splits) == 2 else model.GPT2_PATTERN
+    rank = {tuple(m.split(" ") if isinstance(m, str) else m): i for i, m in enumerate(bpe["merges"])}
+    if spec.get("normalizer"):
+        text = unicodedata.normalize("NFC", text)
+    spans = [m.span() for m in regex.finditer(pattern, text)]
+    gaps = zip([0] + [b for _, b in spans], [a for a, _ in spans] + [len(text)])
+    for piece in (text[a:b] for a, b in sorted([*spans, *gaps])):
+        parts = [alphabet[b] for b in piece.encode()]
+        if bpe.get("ignore_merges") and "".join(parts) in bpe["vocab"]:
+            parts = ["".join(parts)]
+        parts = [p for p in parts if p in bpe["vocab"]]
+        while pairs := [(rank[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in rank]:
+            i = min(pairs)[1]
+            parts[i:i + 2] = ["".join(parts[i:i + 2])]
+        ids += [bpe["vocab"][p] for p in parts]
+    return ids
+
+
+def assert_read_as_written(path, student, tokenizer):
+    """Weights, numbers and ids are those of the files, by a reading of their own; and what was loaded can be used."""
+    raw, spec, config, generation = (json.loads((path / name).read_bytes()) if (path / name).exists() else {} for name in (
+        "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"))
+    index = path / "model.safetensors.index.json"
+    shards = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else ["model.safetensors"]
+    written = [(name, tensor) for shard in shards for name, tensor in stored(path / shard)]
+    weights = {model.file_name(name): p.detach() for name, p in student.named_parameters()}
+    for name, tensor in written:
+        if name == "lm_head.weight" and student.lm_head is None:
+            name = "model.embed_tokens.weight"
+        assert name.endswith("inv_freq") or torch.equal(tensor.view(torch.int32), weights[name].view(torch.int32)), name
+    assert weights.keys() <= dict(written).keys()
+    for name, value in vars(student.config).items():
+        assert name in ("model_type", "rope_scaling") or raw.get(name) in (value, None), name
+    assert torch.isfinite(student.frequencies).all() and 0 < student.rope_factor < 1e30
+
+    text = "at cat  atat\n\n12 'll <|im_end|>  e\u0301\u4f60!\t\t x \r\n   9 \U0001F44D" + model.QWEN_PATTERN
+    assert tokenizer.encode(text) == slow_encode(spec, text)
+    assert tokenizer.special == {t["content"]: t["id"] for t in spec["added_tokens"]}
+    assert all(tokenizer.decode([i]) for i in range(tokenizer.n_vocab))
+    eos, stops = config.get("eos_token"), generation.get("eos_token_id")
+    named = [tokenizer.special[eos["content"] if isinstance(eos, dict) else eos]] if eos else []
+    stops = {*named, *(stops if isinstance(stops, list) else [] if stops is None else [stops])}
+    assert stops <= {*tokenizer.stop_ids} <= stops | {tokenizer.special.get(tokenizer.turn_end)} <= {*range(tokenizer.n_vocab), None}
+    if tokenizer.template:
+        assert tokenizer.decode(tokenizer.chat([dict(role="user", content="at\ud800")]))
+    student.logits(tokenizer.encode("at"))
+
+
+def sound_checkpoint(path, kind):
+    """Three sorts of small checkpoints: shards and ChatML; yarn and mixed dtypes; own head, Llama's template and RoPE."""
+    tokenizer, shape = tiny_tokenizer(["at"]), dict(rope_theta=100.0)
+    if kind == 1:
+        shape |= dict(model_type="qwen2", rope_scaling=YARN, attention_bias=False)
+    if kind == 2:
+        shape |= dict(model_type="llama", rope_scaling=LLAMA3, tie_word_embeddings=False)
+        tokenizer = with_template(FAMILIES["llama3.1"][0])
+        spec = json.loads(tokenizer.files["tokenizer.json"])
+        bos = dict(SpecialToken=dict(id="<|begin_of_text|>", type_id=0))
+        spec["post_processor"] = dict(type="Sequence", processors=[dict(type="ByteLevel"), dict(
+            type="TemplateProcessing", single=[bos, dict(Sequence=dict(id="A", type_id=0))])])
+        tokenizer = Tokenizer(tokenizer.files | {"tokenizer.json": json.dumps(spec).encode()})
+    save(path, new_model(Config(270, 16, 24, 2, 4, 2, 8, **shape), seed=kind), tokenizer)
+    if kind == 1:
+        tensors = load_file(path / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        dtypes = [torch.float32, torch.bfloat16, torch.float16]
+        mixed = {name: t.to(dtypes[i % 3]) for i, (name, t) in enumerate(sorted(tensors.items()))}
+        mixed["lm_head.weight"] = mixed["model.embed_tokens.weight"].clone()
+        save_file(mixed, path / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sound")
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in range(3):
+            patch.setattr(model, "SHARD_BYTES", 20_000 if kind == 0 else 10**9)
+            sound_checkpoint(path / str(kind), kind)
+            assert_read_as_written(path / str(kind), *load(path / str(kind)))
+    return path
+
+
+def corrupted_checkpoint(sound, path, seed):
+    rng = random.Random(seed)
+    shutil.copytree(sound / str(rng.randrange(3)), path)
+    files = sorted(path.iterdir())
+    weights = [4 if f.name in ("config.json", "tokenizer.json") else 1 + 2 * (f.suffix == ".safetensors") for f in files]
+    what = corrupt(rng, rng.choices(files, weights)[0])
+    try:
+        with limits():
+            loaded = load(path)
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 800 and str(path) in str(error), what
+        return str(error)
+    assert_read_as_written(path, *loaded)
+
+
+def test_merges_in_any_order_are_refused_or_followed():
+    accepted = 0
+    for seed in range(60):
+        rng, vocab, merges = random.Random(seed), {"a": 0, "b": 1}, []
+        for _ in range(rng.randrange(2, 8)):
+            a, b = rng.choices(list(vocab), k=2)
+            if a + b not in vocab or rng.random() < 0.3:
+                vocab.setdefault(a + b, len(vocab))
+                merges.append([a, b])
+        merges.sort(key=lambda m: vocab["".join(m)])
+        spec = tokenizer_json(vocab, merges, ["<eot>"])
+        spec["model"]["ignore_merges"] = True
+        try:
+            ours = Tokenizer({"tokenizer.json": json.dumps(spec).encode()})
+        except UserError:
+            continue
+        accepted += 1
+        for text in ("".join(rng.choices("ab", k=12)) for _ in range(20)):
+            assert ours.encode(text) == slow_encode(spec, text), (seed, text)
+    assert accepted > 20
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="limits memory as Linux does")
+@pytest.mark.parametrize("batch", range(4))
+def test_a_corrupt_checkpoint_is_refused_in_one_line_or_read_as_it_is_written(batch, sound, tmp_path):
+    for seed in range(50 * batch, 50 * batch + 50):
+        corrupted_checkpoint(sound, tmp_path / str(seed), seed)
 
 
 # --------------------------------------------------------------------------------------------------- real checkpoints: in use
@@ -2651,6 +2938,37 @@ BAD_LINES = [([], "holds no example"), (["", "  "], "holds no example"),
 def test_a_data_file_that_cannot_be_used_is_refused_with_its_line(stage, lines, match, world, tmp_path):
     data = write_lines(tmp_path / "data.jsonl", lines)
     refuse(stage, tmp_path / "out", re.escape(data) + ".*" + match, **files(world, stage) | dict(data=data))
+
+
+LINES = [QUESTION, dict(id=1, document="Ada follows Bob.", language="en", extra=dict(a=[1, None], b="\u4f60"), **QUESTION),
+         dict(messages=[dict(role="system", content="s"), dict(role="user", content="Who?"), ASSISTANT], answer="Bob"),
+         dict(QUESTION, answer=["Bob", "Cid"], reward="exact", kind="list", source="x")]
+
+
+def test_a_corrupt_line_is_refused_by_its_number_or_read_as_it_is_written(tmp_path):
+    refused = 0
+    for seed in range(200):
+        rng, path = random.Random(seed), tmp_path / "data.jsonl"
+        lines = copy.deepcopy(rng.choices(LINES, k=3))
+        corrupt_json(rng, rng.choice(lines))
+        data = "\n".join(json.dumps(line) for line in lines).encode()
+        path.write_bytes(corrupt_bytes(rng, data) if seed % 2 else data)
+        field = rng.choice([None, "response"])
+        try:
+            with limits():
+                examples = rollout.read_examples(path, field)
+        except UserError as error:
+            assert "\n" not in str(error) and len(str(error)) < 800 and str(path) in str(error)
+            refused += 1
+            continue
+        written = [json.loads(line) for line in path.read_bytes().split(b"\n") if line.strip()]
+        assert len(examples) == len(written)
+        for example, line in zip([examples[i] for i in range(len(written))], written):
+            assert json.dumps({key: example[key] for key in line}) == json.dumps(line)
+            assert TOKENIZER.chat(rollout.prompt_messages(example))
+            assert field or 0 <= score(example, "I see Bob.\nAnswer: Bob") <= 1
+            assert not field or TOKENIZER.completion(rollout.demonstration(example, field))
+    assert 40 < refused < 160
 
 
 @pytest.mark.parametrize("stage", [sft, grpo, opd], ids=lambda stage: stage.__name__)
