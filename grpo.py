@@ -24,9 +24,10 @@ import numpy as np
 import torch
 
 from kernels import token_loss, token_stats
-from model import (Pack, Run, UserError, adamw, add_up, check_flags, gather, init, load_student, load_teacher,
-                   my_streams, run, share_out, split_by_size, whole)
-from rollout import completion_text, data_order, generate, prompt_ids, read_examples, score
+from model import (Pack, Run, UserError, adamw, add_up, check_flags, gather, init, load_student, load_teacher, my_streams,
+                   run, share_out, split_by_size, whole)
+from rollout import (check_rewards, completion_text, data_order, generate, load_judge, prompt_ids, read_examples, rewards_of,
+                     usable)
 
 
 @dataclass
@@ -35,6 +36,8 @@ class Config:
     model: str = "out/sft"              # checkpoint to start from
     teacher: str = ""                   # checkpoint of the KL's anchor, or ref, or self; empty: no KL
     data: str = "out/data/rl.jsonl"     # examples with answers, one JSON object per line
+    judge: str = ""                     # checkpoint that compares answers with references (paper: Qwen3-4B)
+    allow_code: bool = False            # run the programs that completions contain, where examples bring tests
     out: str = "out/grpo"               # where the checkpoint and metrics.jsonl go
     ctx: int = 640                      # tokens of prompt and completion at most
     max_new: int = 128                  # tokens of a completion at most
@@ -171,7 +174,7 @@ def check(cfg):
     if cfg.kl == "k3":
         raise UserError("--kl k3: in the loss its gradient is that of the forward KL, whatever its value; use k2, or "
                         "forward")
-    check_flags(cfg, ["batch", "max_new", "updates", "save_every"], kl=("reverse", "forward", "jsd", "k1", "k2"),
+    check_flags(cfg, kl=("reverse", "forward", "jsd", "k1", "k2"),
                 aggregate=("sequence", "token", "constant"), ratio=("token", "sequence", "cispo"),
                 schedule=("constant", "cosine"))
     if cfg.temperature <= 0:
@@ -185,8 +188,9 @@ def main(cfg):
         return
     model, tokenizer = load_student(this.source, device)
     examples = read_examples(cfg.data)
-    prompts = [prompt_ids(tokenizer, e, cfg.ctx, cfg.max_new) for e in examples]
-    longest = max(map(len, prompts)) + cfg.group * cfg.max_new
+    check_rewards(examples, cfg.judge, cfg.allow_code)
+    fits, sizes, _ = usable(examples, tokenizer, cfg.ctx, cfg.max_new)
+    longest = sizes.max() + cfg.group * cfg.max_new
     if longest > cfg.micro:
         raise UserError(f"--micro {cfg.micro}: the longest prompt with its {cfg.group} completions can take {longest} "
                         "tokens")
@@ -195,6 +199,7 @@ def main(cfg):
         teacher = load_student(cfg.model, device)[0].requires_grad_(False)
     elif cfg.teacher and cfg.beta:
         teacher = load_teacher(cfg.teacher, device, tokenizer)
+    judge = load_judge(cfg.judge, device) if cfg.judge else None
     this.begin(model, tokenizer, adamw(model, cfg.lr))
     full_kl = dict(kl=cfg.kl) if cfg.kl not in ("k1", "k2") else {}
 
@@ -204,14 +209,18 @@ def main(cfg):
 
         # roll out: G completions of each prompt, and their rewards
         times = [time.time()]
-        chosen = data_order(len(examples), cfg.batch, step, cfg.seed)
+        chosen = [int(fits[i]) for i in data_order(len(fits), cfg.batch, step, cfg.seed)]
+        drawn = {i: examples[i] for i in chosen}
+        prompts = {i: prompt_ids(tokenizer, e) for i, e in drawn.items()}
         with whole(model) as sampler:
             completions = share_out(lambda mine: generate(
                 sampler, [prompts[chosen[b]] for b in mine], cfg.group, cfg.max_new, cfg.temperature,
                 stop_ids=tokenizer.stop_ids, seed=(cfg.seed, step), numbers=mine),
                 [len(prompts[i]) for i in chosen])                                                   # [B][G]
-        rewards = torch.tensor([[score(examples[i], completion_text(tokenizer, c)) for c in group]
-                                for i, group in zip(chosen, completions)])                           # [B, G]
+        rewards, reasons = rewards_of([drawn[i] for i in chosen for _ in range(cfg.group)],
+                                      [completion_text(tokenizer, c) for group in completions for c in group],
+                                      judge, cfg.allow_code)
+        rewards = torch.tensor(rewards).view(cfg.batch, cfg.group)                                   # [B, G]
         lengths = torch.tensor([[len(c.tokens) for c in group] for group in completions])            # [B, G]
         finished = torch.tensor([[c.finished for c in group] for group in completions])              # [B, G]
         equal = equal_rewards(rewards)                                                               # [B]
@@ -266,9 +275,9 @@ def main(cfg):
                     sums["rows"] += real.sum().item()
                     largest = max([largest, *difference[real].tolist()])
                     if not math.isfinite(loss.item()):
-                        suspects += [examples[chosen[b]].get("id") for b in part]
+                        suspects += [drawn[chosen[b]].get("id") for b in part]
             sums, largest = add_up(sums), max(gather(largest))
-            updated = this.update(sums["loss"], suspects, [examples[i].get("id") for i in chosen])
+            updated = this.update(sums["loss"], suspects, [e.get("id") for e in drawn.values()])
         times.append(time.time())
 
         # log; of several updates the last
@@ -276,6 +285,7 @@ def main(cfg):
         sampling, scoring, updating = np.diff(times).tolist()
         this.log(dict(
             reward=reward, reward_std=rewards.std(1).mean().item(), zero_variance=equal.float().mean().item(),
+            **{f"unscored: {reason}": count for reason, count in reasons.items()},
             loss=sums["loss"], policy_loss=sums["loss"] - sums["kl_loss"], kl=sums["kl"] / rows,
             entropy=sums["entropy"] / rows, clipped=sums["clipped"] / rows, logp_diff=sums["logp_diff"] / rows,
             logp_diff_max=largest, length=lengths.float().mean().item(), length_max=lengths.max().item(),

@@ -1314,6 +1314,8 @@ def cli(Config):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(Config):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar=f.type.__name__)
+        if f.type is tuple:
+            kind = dict(nargs="+", metavar="FILE")
         text = comments.get(f.name, "").replace("%", "%%")
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f"{text} (default {f.default!r})",
                             **kind)
@@ -1345,11 +1347,21 @@ def run(main, Config):
     sys.exit(code)
 
 
-def check_flags(cfg, positive, **choices):
-    """Refuse a flag of `positive` below 1, and one that is none of its choices."""
-    for name in positive:
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1")
-    for name, allowed in choices.items():
-        if getattr(cfg, name) not in allowed:
-            raise UserError(f"--{name} {getattr(cfg, name)}: choose one of {', '.join(allowed)}")
+AT_LEAST = dict.fromkeys(("batch", "group", "micro", "max_new", "steps", "updates", "save_every", "runs", "test_n",
+                          "base_steps", "teacher_steps", "sft_steps", "rl_steps"), 1) | dict.fromkeys(
+                         ("seed", "warmup", "beta", "tis", "weight_decay", "top_k", "eps_low", "eps_high", "temperature"), 0)
+ABOVE_0 = "lr", "sft_lr", "rl_lr", "clip"
+
+
+def check_flags(cfg, **choices):
+    """Refuse a number out of the range that its name has everywhere, and a flag that is none of its choices."""
+    for name, value in dataclasses.asdict(cfg).items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag}: must be a finite number")
+        if name in AT_LEAST and value < AT_LEAST[name]:
+            raise UserError(f"{flag}: must be at least {AT_LEAST[name]}")
+        if name in ABOVE_0 and value <= 0:
+            raise UserError(f"{flag}: must be above 0")
+        if name in choices and value not in choices[name]:
+            raise UserError(f"{flag}: choose one of {', '.join(choices[name])}")

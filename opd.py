@@ -23,7 +23,7 @@ import torch
 from kernels import token_loss, token_stats
 from model import (Pack, Run, UserError, adamw, add_up, check_flags, init, load_student, load_teacher, my_streams, run,
                    share_out, split_by_size, whole)
-from rollout import Completion, data_order, demonstration, generate, prompt_ids, read_examples
+from rollout import Completion, data_order, demonstration, generate, prompt_ids, read_examples, usable
 
 
 @dataclass
@@ -82,7 +82,7 @@ def sampled_divergence(logp, logp_teacher, kind):
 # ---------------------------------------------------------------------------------------------------------------------- main
 
 def check(cfg):
-    check_flags(cfg, ["batch", "group", "max_new", "save_every"], kl=("reverse", "forward", "jsd", "k1", "k2"),
+    check_flags(cfg, kl=("reverse", "forward", "jsd", "k1", "k2"),
                 schedule=("constant", "cosine"))
     if not 0 <= cfg.lam <= 1:
         raise UserError(f"--lam {cfg.lam}: a share lies between 0 and 1")
@@ -104,9 +104,8 @@ def main(cfg):
     examples = read_examples(cfg.data, cfg.response_field if cfg.lam < 1 else None)
     if not 0 <= cfg.top_k <= model.n_vocab:
         raise UserError(f"--top-k {cfg.top_k}: must lie between 0 and the {model.n_vocab} tokens there are")
-    written = [[] if cfg.lam == 1 else tokenizer.completion(demonstration(e, cfg.response_field)) for e in examples]
-    prompts = [prompt_ids(tokenizer, e, cfg.ctx, max(cfg.max_new, len(w))) for e, w in zip(examples, written)]
-    longest = max(map(len, prompts)) + cfg.group * cfg.max_new
+    fits, sizes, _ = usable(examples, tokenizer, cfg.ctx, cfg.max_new, cfg.response_field if cfg.lam < 1 else None)
+    longest = sizes.max() + cfg.group * cfg.max_new
     if longest > cfg.micro:
         raise UserError(f"--micro {cfg.micro}: the longest prompt with its {cfg.group} completions can take {longest} "
                         "tokens")
@@ -119,7 +118,9 @@ def main(cfg):
     for step in this.steps():
         # completions: the student's own, or with probability 1 - lam the demonstration
         times = [time.time()]
-        chosen = data_order(len(examples), cfg.batch, step, cfg.seed)
+        chosen = [int(fits[i]) for i in data_order(len(fits), cfg.batch, step, cfg.seed)]
+        drawn = {i: examples[i] for i in chosen}
+        prompts = {i: prompt_ids(tokenizer, e) for i, e in drawn.items()}
         # numpy pads seeds with zeros: (seed, step) alone would repeat the noise of the step's first completion
         own = np.random.default_rng([cfg.seed, step, cfg.batch]).random(cfg.batch) < cfg.lam         # [B]
         asked = [prompts[i] for i, mine in zip(chosen, own) if mine]
@@ -129,7 +130,11 @@ def main(cfg):
                 seed=(cfg.seed, step), numbers=mine), [len(prompt) for prompt in asked]))
         completions = []
         for i, mine in zip(chosen, own):
-            completions.append(next(sampled_groups) if mine else [Completion(written[i], [0.0] * len(written[i]), True)])
+            if mine:
+                completions.append(next(sampled_groups))
+            else:
+                written = tokenizer.completion(demonstration(drawn[i], cfg.response_field))
+                completions.append([Completion(written, [0.0] * len(written), True)])
         everyone = [c for group in completions for c in group]
         lengths = torch.tensor([len(c.tokens) for c in everyone])                                    # [M]
         weight = token_weights([[len(c.tokens) for c in group] for group in completions])            # [M]
@@ -161,9 +166,9 @@ def main(cfg):
             sums["kl"] += kl.sum().item()
             sums["entropy"] += stats.entropy.sum().item()
             if not math.isfinite(loss.item()):
-                suspects += [examples[chosen[b]].get("id") for b in part]
+                suspects += [drawn[chosen[b]].get("id") for b in part]
         sums = add_up(sums)
-        updated = this.update(sums["loss"], suspects, [examples[i].get("id") for i in chosen])
+        updated = this.update(sums["loss"], suspects, [e.get("id") for e in drawn.values()])
         times.append(time.time())
 
         # log

@@ -37,7 +37,8 @@ import grpo, opd, sft
 from model import (PRESETS, QWEN_PATTERN, Log, Tokenizer, UserError, barrier, check_flags, gather, init, load,
                    new_model, rank, read_rows, run, save, tiny_tokenizer, write_file)
 from model import Config as ModelConfig
-from rollout import demonstration, evaluate, prompt_messages, read_examples, read_text
+from rollout import (PAPER_DECODING, check_rewards, demonstration, evaluate, load_judge, prompt_messages, read_examples,
+                     read_text)
 
 
 @dataclass
@@ -67,6 +68,8 @@ class Config:
     rl_lr: float = 3e-4             # learning rate of GRPO, OPD and dGRPO (paper: 1e-6)
     beta: float = 0.5               # weight of the KL to the teacher
     test_n: int = 64                # test examples per task and length
+    judge: str = ""                 # checkpoint that compares answers with references (paper: Qwen3-4B)
+    allow_code: bool = False        # run the programs that completions contain, where examples bring tests
     seed: int = 0                   # data, weights and sampling
     save_every: int = 20            # steps between checkpoints to go on from
     resume: bool = True             # go on where a run in --out stopped; arms that are done are not trained again
@@ -660,7 +663,7 @@ def main(cfg):
     rl = dict(batch=cfg.batch, group=cfg.group, max_new=cfg.max_new, micro=cfg.micro)
     grpo.check(grpo.Config(**rl, beta=cfg.beta))
     opd.check(opd.Config(**rl))
-    check_flags(cfg, ["test_n"])
+    check_flags(cfg)
     if cfg.train_len + cfg.group * cfg.max_new > cfg.micro:
         raise UserError(f"--micro {cfg.micro}: a prompt with its {cfg.group} completions can take "
                         f"{cfg.train_len + cfg.group * cfg.max_new} tokens")
@@ -688,6 +691,9 @@ def main(cfg):
         rows = -(-tokenizer.n_vocab // 64) * 64
         save(at("init"), new_model(ModelConfig(vocab_size=rows, **PRESETS["tiny-student"]), cfg.seed), tokenizer)
     data = write_data(cfg, tokenizer)
+    test = read_examples(data["test"])
+    for examples in (test, read_examples(data["rl"])):
+        check_rewards(examples, cfg.judge, cfg.allow_code)
     ctx = cfg.test_len + cfg.max_new
     common = dict(ctx=ctx, seed=cfg.seed, micro=cfg.micro, save_every=cfg.save_every, resume=cfg.resume)
 
@@ -718,20 +724,23 @@ def main(cfg):
         if rank() == 0:
             print(f"stopped after {cfg.until}, as --until says")
         return
-    dgrpo = dict(teacher=teacher, beta=cfg.beta)
+    scoring = dict(judge=cfg.judge, allow_code=cfg.allow_code)
+    dgrpo = dict(teacher=teacher, beta=cfg.beta, **scoring)
     arms = {"teacher": lambda: teacher, "base": lambda: base, "+SFT": lambda: start,
-            "SFT+GRPO": lambda: reinforce(grpo, "sft-grpo", start),
+            "SFT+GRPO": lambda: reinforce(grpo, "sft-grpo", start, **scoring),
             "SFT+OPD": lambda: reinforce(opd, "sft-opd", start, teacher=teacher),
             "SFT+dGRPO": lambda: reinforce(grpo, "sft-dgrpo", start, **dgrpo),
             "dGRPO without SFT": lambda: reinforce(grpo, "dgrpo", base, **dgrpo)}
-    test, done = read_examples(data["test"]), gather(read_rows(log.path)[1:] if rank() == 0 else None)[0]
+    done = gather(read_rows(log.path)[1:] if rank() == 0 else None)[0]
     results = {row["arm"]: row for row in done}
+    judge = load_judge(cfg.judge, device) if cfg.judge else None
     for arm in [arm for arm in arms if arm not in results]:
         began_arm = time.time()
         path = arms[arm]()
         seconds = time.time() - began_arm
         model, tokenizer = load(path, device=device)
-        rows = evaluate(model, tokenizer, test, ctx, cfg.max_new, seed=cfg.seed, progress=f"{'test':8} {arm}")
+        rows = evaluate(model, tokenizer, test, ctx, cfg.max_new, seed=cfg.seed, progress=f"{'test':8} {arm}", judge=judge,
+                        allow_code=cfg.allow_code, **(PAPER_DECODING if cfg.student else {}))
         results[arm] = dict(arm=arm, seed=cfg.seed, **summary(rows, cfg.train_len // 2), n=len(test), steps=cfg.rl_steps, seconds=seconds,
                             scores=rows)
         log(results[arm])

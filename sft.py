@@ -15,9 +15,11 @@ What differs from the usual script:
 import math, os, time
 from dataclasses import dataclass
 
+import numpy as np
+
 from kernels import token_loss
 from model import Pack, Run, adamw, add_up, check_flags, init, load_student, my_streams, run, split_by_size
-from rollout import data_order, demonstration, prompt_ids, read_examples
+from rollout import data_order, demonstration, prompt_ids, read_examples, usable
 
 
 @dataclass
@@ -47,20 +49,20 @@ def sft_loss(logp, count):
 
 
 def load_demonstrations(cfg, tokenizer):
-    """Runs of consecutive examples on one document -> [[(prompt_ids, completion_ids), ...], ...]."""
-    runs, before = [], None
-    for example in read_examples(cfg.data, cfg.response_field):
-        completion = tokenizer.completion(demonstration(example, cfg.response_field))
-        prompt = prompt_ids(tokenizer, example, cfg.ctx, room=len(completion))
-        if not example.get("document") or example["document"] != before:
-            runs.append([])
-        runs[-1].append((prompt, completion))
-        before = example.get("document")
-    return runs
+    """The examples, and the numbers of those that fit, in runs of consecutive ones on one document."""
+    examples = read_examples(cfg.data, cfg.response_field)
+    fits, *_ = usable(examples, tokenizer, cfg.ctx, 0, cfg.response_field)
+    documents = examples.documents[fits]
+    first = (np.diff(documents, prepend=0) != 0) | (documents == 0)  # another document than before, or none
+    return examples, np.split(fits, np.flatnonzero(first)[1:])
+
+
+def encode(example, tokenizer, field):
+    return prompt_ids(tokenizer, example), tokenizer.completion(demonstration(example, field))
 
 
 def shared_document(examples):
-    """Examples on one document as one entry of a pack -> (prefix, branches, silent): what their prompts have in common,
+    """Encoded examples on one document as one entry of a pack -> (prefix, branches, silent): what their prompts have in common,
     what follows it in each, and how many tokens of that still belong to the prompt and carry no loss."""
     prompts = [prompt for prompt, _ in examples]
     prefix = os.path.commonprefix(prompts)  # of lists of ids, in spite of its name
@@ -69,20 +71,21 @@ def shared_document(examples):
 
 
 def main(cfg):
-    check_flags(cfg, ["batch", "micro", "save_every"], schedule=("constant", "cosine"))
+    check_flags(cfg, schedule=("constant", "cosine"))
     device, this = init(), Run(cfg, "sft")
     if this.finished:
         return
     model, tokenizer = load_student(this.source, device)
-    runs = load_demonstrations(cfg, tokenizer)
+    examples, runs = load_demonstrations(cfg, tokenizer)
     this.begin(model, tokenizer, adamw(model, cfg.lr, cfg.weight_decay))
 
     for step in this.steps():
         began = time.time()
-        chosen = data_order(len(runs), cfg.batch, step, cfg.seed)
-        batch = [shared_document(runs[i]) for i in chosen]
+        chosen = [runs[i] for i in data_order(len(runs), cfg.batch, step, cfg.seed)]
+        batch = [shared_document([encode(examples[i], tokenizer, cfg.response_field) for i in run]) for run in chosen]
         sizes = [len(prefix) + sum(map(len, branches)) for prefix, branches, _ in batch]
         count = sum(len(b) - skip for _, branches, silent in batch for b, skip in zip(branches, silent))
+        ids = lambda part: [examples[i].get("id") for b in part for i in chosen[b]]
         sums, suspects = dict(loss=0.0), []
         streams = split_by_size(range(cfg.batch), sizes, cfg.micro)
         for part in my_streams(streams, [sum(sizes[i] for i in part) for part in streams]):
@@ -93,9 +96,9 @@ def main(cfg):
             loss.backward()
             sums["loss"] += loss.item()
             if not math.isfinite(loss.item()):
-                suspects += [chosen[i] for i in part]
+                suspects += ids(part)
         loss = add_up(sums)["loss"]
-        updated = this.update(loss, suspects, chosen)
+        updated = this.update(loss, suspects, ids(range(cfg.batch)))
         seconds = time.time() - began
         this.log(dict(loss=loss, **updated, examples=sum(len(b) for _, b, _ in batch), target_tokens=count,
                       tokens=sum(sizes), tokens_per_second=sum(sizes) / seconds, seconds=seconds))
