@@ -687,7 +687,8 @@ class Transformer(nn.Module):
         attend = (cache or pack).attend
         x = self.embed_tokens(pack.tokens)                                               # [T, D]
         x = x.to(self.compute_dtype or x.dtype)
-        angle = pack.positions[:, None, None].float() * self.frequencies.to(x.device)    # [T, 1, C/2]
+        self.frequencies = self.frequencies.to(x.device)     # once: a CUDA graph allows no copy from the host
+        angle = pack.positions[:, None, None].float() * self.frequencies                 # [T, 1, C/2]
         cos, sin = angle.cos() * self.rope_factor, angle.sin() * self.rope_factor
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, lambda q, k, v: attend(i, q, k, v))

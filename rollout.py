@@ -2,22 +2,26 @@
 Rollouts: reading examples, sampling completions, scoring them.
 
 The sampler is built for many completions of one long prompt. The prompt is computed once, in chunks, and its keys and
-values are stored once; every decoding step reads them once for all completions, as one matrix product with
-G x heads rows instead of G x heads separate vectors:
+values are stored once; every decoding step reads them once for all completions, as one attention call with G x heads
+rows instead of G x heads separate vectors. To the completion's own tokens the whole prompt then is one more key:
 
-    scores = [ q K_prompt^T | q K_own^T ]      one softmax over both parts
-    out    =   p_prompt V_prompt + p_own V_own
+    out_prompt, lse   = attention of all rows to the prompt, and log sum exp(scores) of each row
+    p                 = softmax [ lse | q K_own^T / sqrt(C) ]
+    out               = p_prompt out_prompt + p_own V_own
 
     python rollout.py --model out/sft --prompt "Who follows Ada?"          print completions as they finish
     python rollout.py --model DIR --context-file book.txt --prompt "..."   a long document in front of the prompt
     python rollout.py --model DIR --eval FILE... --runs 5 --max-new 32768  scores, decoded as in the paper
+    python rollout.py --bench                                              speed and memory beside naive twins
 """
-import cmath, json, math, os, random, re, secrets, string, subprocess, sys, tempfile, time, unicodedata
+import cmath, copy, itertools, json, math, multiprocessing, os, random, re, secrets, string, subprocess, sys, tempfile, time
+import unicodedata
 from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,7 +29,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import UserError, causal_attention, check_flags, gather, init, load, rank, run, share_out, world
+from kernels import high_water, matmul, token_loss
+from model import (Pack, Transformer, UserError, adamw, check_flags, file_name, gather, init, load, rank, run, share_out,
+                   world)
+from model import Config as ModelConfig
 
 # ----------------------------------------------------------------------------------------------------------------- examples
 
@@ -203,6 +210,10 @@ def data_order(n, batch, step, seed):
 
 # ------------------------------------------------------------------------------------------------------------------ sampler
 
+BLOCK = {"cpu": 64, "cuda": 256}         # the completions' part of the cache grows by so many tokens at a time
+SHARE_BYTES = {"cpu": 2e6, "cuda": 6e7}  # see Cache.start; that of CUDA is computed (15 us of reading), not measured
+
+
 @dataclass
 class Completion:
     tokens: list       # the last one is a stop id if finished
@@ -210,82 +221,119 @@ class Completion:
     finished: bool     # False: cut off at max_new_tokens
 
 
+def attention_lse(q, k, v, causal=False):
+    """softmax(q k^T / sqrt(C)) v [B, H, n, C], and the log of the softmax's denominator [B, H, n] in fp32.
+
+    q [B, H, n, C], k and v [B, H, m, C]; every query sees all keys, or with causal (n = m) those up to its own. PyTorch's
+    public call keeps the denominator to itself, so this asks the kernels behind it (on CUDA: fp16 or bf16)."""
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal)
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=causal)[:2]
+
+
+def dot(q, k):
+    """q k^T in fp32: q [S, K, n, C], k [S, K, m, C] -> [S, K, n, m]. bf16 scores would be off by up to 0.06 at 16."""
+    if q.device.type == "cpu" or q.dtype == torch.float32:
+        return (q @ k.transpose(2, 3)).float()
+    return torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32).unflatten(0, q.shape[:2])
+
+
 class Cache:
-    """Keys and values of U prompts, each stored once, and of a grid of U x G completions that are all equally long.
+    """Keys and values of some prompts, each stored once, and of S running completions of them.
 
-    Per layer: prompt_k, prompt_v [U, K, P_max, C] and own_k, own_v [U, G, K, room, C]. Before a forward pass
-    `segments` says which pieces of prompts are in the stream, or is None for a decoding step of the whole grid."""
+    prompts[layer][u]   [2, K, P_u, C]    keys and values
+    own[layer]          [2, S, K, L, C]   those of the completions, which stand in the order of their prompts
+    counts[u]                             running completions of prompt u
+    at [1], mask [S, 1, 1, L]             where in L the next token goes; 0 where a completion may look, elsewhere -inf
 
-    BLOCK = 64  # the completions' part grows by so many tokens at a time
+    Before a forward pass `segments` says which pieces of prompts are in the stream; None: it holds one token of each
+    completion. The shapes of such a step stay the same until grow() or keep() change them."""
 
     def __init__(self, config, lengths, dtype, device):
-        """lengths: tokens of each of the U prompts."""
-        self.lengths = torch.tensor(lengths, device=device)
-        layers = range(config.num_hidden_layers)
-        shape = len(lengths), config.num_key_value_heads, max(lengths), config.head_dim
-        self.prompt_k = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]  # zeros: 0 * NaN would be NaN
-        self.prompt_v = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self.own_k, self.own_v = [], []
-        self.segments, self.step = None, 0
-        self._mask()
+        """lengths: tokens of each prompt."""
+        self.lengths, self.segments, self.free = lengths, None, 0
+        K, C = config.num_key_value_heads, config.head_dim
+        self.prompts = [[torch.empty(2, K, P, C, dtype=dtype, device=device) for P in lengths]
+                        for _ in range(config.num_hidden_layers)]
 
-    def _mask(self):
-        """Added to the prompt scores [U, 1, 1, 1, P_max]: -inf beyond the end of a prompt shorter than the longest."""
-        beyond = torch.arange(self.prompt_k[0].shape[2], device=self.lengths.device) >= self.lengths[:, None]
-        self.mask = torch.zeros(beyond.shape, device=beyond.device).masked_fill(beyond, -math.inf)[:, None, None, None]
+    def start(self, n):
+        """The prompts are in: make room for n completions of each, in one of two ways.
 
-    def start(self, G):
-        """The prompts are in: make room for G completions of each."""
-        U, K, _, C = self.prompt_k[0].shape
-        empty = self.prompt_k[0].new_zeros(U, G, K, 0, C)
-        self.own_k, self.own_v, self.segments = [empty for _ in self.prompt_k], [empty for _ in self.prompt_k], None
+        shared   a step reads each prompt once for all its completions
+        plain    every completion gets a copy of its prompt in front of its own part, and one SDPA call serves all: less
+                 to launch, more to read and to hold. Taken while the copies of a prompt are small, in bytes per layer"""
+        some, self.counts, self.segments = self.prompts[0][0], [n] * len(self.lengths), None
+        _, K, P, C = some.shape
+        copies = n * np.mean(self.lengths) * some.nbytes / P
+        self.shared = copies > SHARE_BYTES[some.device.type]
+        room = 0 if self.shared else -(-max(self.lengths) // 8) * 8      # kernels want a mask's rows at multiples of 8
+        self.at = torch.full((1,), room, device=some.device)
+        self.mask = some.new_full((n * len(self.lengths), 1, 1, room), -math.inf)
+        self.own = [some.new_zeros(2, len(self.mask), K, room, C) for _ in self.prompts]      # zeros: 0 * NaN is NaN
+        for u, P in enumerate(() if self.shared else self.lengths):
+            these = slice(u * n, (u + 1) * n)
+            self.mask[these, ..., :P] = 0
+            for own, prompts in zip(self.own, self.prompts):
+                own[:, these, :, :P] = prompts[u][:, None]
+                prompts[u] = None
 
     def grow(self):
-        """Called before each step: one more block of room when the last is full."""
-        U, G, K, room, C = self.own_k[0].shape
-        if self.step == room:
-            block = self.own_k[0].new_zeros(U, G, K, self.BLOCK, C)
-            self.own_k = [torch.cat([k, block], 3) for k in self.own_k]
-            self.own_v = [torch.cat([v, block], 3) for v in self.own_v]
+        """Called before each step: one more block of room if the last is full. -> whether shapes have changed."""
+        full = self.free == 0
+        if full:
+            self.free = BLOCK[self.at.device.type]
+            self.mask = F.pad(self.mask, (0, self.free), value=-math.inf)
+            for layer, own in enumerate(self.own):
+                self.own[layer] = F.pad(own, (0, 0, 0, self.free))
+        self.free -= 1
+        return full
 
-    def keep(self, prompts, grid):
-        """Drop all but the given prompts [U'] and, for each of these, the given completions [U', G']."""
-        if len(prompts) < len(self.lengths):
-            self.lengths = self.lengths[prompts]
-            self.prompt_k, self.prompt_v = [k[prompts] for k in self.prompt_k], [v[prompts] for v in self.prompt_v]
-            self._mask()
-        self.own_k = [k[prompts[:, None], grid] for k in self.own_k]
-        self.own_v = [v[prompts[:, None], grid] for v in self.own_v]
+    def keep(self, alive):
+        """Drop the completions that are not alive (bool [S], on the host), and the prompts that have none left."""
+        self.counts = [int(part.sum()) for part in np.split(alive, np.cumsum(self.counts)[:-1])]
+        self.prompts = [[p for p, count in zip(prompts, self.counts) if count] for prompts in self.prompts]
+        self.counts = [count for count in self.counts if count]
+        rows = torch.from_numpy(np.flatnonzero(alive)).to(self.at.device)
+        self.mask = self.mask[rows]
+        for layer, own in enumerate(self.own):
+            self.own[layer] = own[:, rows]
 
     def attend(self, layer, q, k, v):
         """q [T, H, C], k and v [T, K, C] -> [T, H, C]; k and v are stored on the way."""
         return (self._attend_prompts if self.segments else self._attend_step)(layer, q, k, v)
 
     def _attend_prompts(self, layer, q, k, v):
-        """Each segment (prompt, start, end) sees the chunks of its prompt stored before, and itself causally."""
-        out, at = [], 0
-        for u, start, end in self.segments:
-            here = slice(at, at + end - start)
-            all_k, all_v = self.prompt_k[layer][u].transpose(0, 1), self.prompt_v[layer][u].transpose(0, 1)   # [P, K, C]
-            all_k[start:end], all_v[start:end] = k[here], v[here]
-            out.append(causal_attention(q[None, here], all_k[None, :end], all_v[None, :end])[0])
-            at += end - start
+        """Each segment (prompt, start, end) sees itself causally, and what was stored of its prompt before. The two parts
+        are weighed by their shares of the whole denominator: e^b / (e^a + e^b) = sigmoid(b - a)."""
+        out, sizes, (H, K) = [], [end - start for _, start, end in self.segments], (q.shape[1], k.shape[1])
+        for (u, start, end), q, k, v in zip(self.segments, q.split(sizes), k.split(sizes), v.split(sizes)):
+            store, q, kv = self.prompts[layer][u], q.transpose(0, 1), torch.stack([k, v]).transpose(1, 2)
+            store[:, :, start:end] = kv
+            here, a = attention_lse(q[None], *kv.repeat_interleave(H // K, 1)[:, None], causal=True)       # [1, H, n, C]
+            if start:  # the query heads of one key head are more rows of one product: its keys need no copies
+                before, b = attention_lse(q.reshape(1, K, -1, q.shape[2]), *store[:, None, :, :start])
+                weight = torch.sigmoid(b.reshape(a.shape) - a).to(q.dtype)
+                here = here.lerp(before.reshape(here.shape), weight[..., None])
+            out.append(here[0].transpose(0, 1))
         return torch.cat(out)
 
     def _attend_step(self, layer, q, k, v):
-        """One new token for each of the U x G completions."""
-        (U, K, P, C), G = self.prompt_k[layer].shape, self.own_k[layer].shape[1]
-        t, q = self.step, q.view(U, G, K, -1, C) / math.sqrt(C)                                       # [U, G, K, H/K, C]
-        self.own_k[layer][:, :, :, t], self.own_v[layer][:, :, :, t] = k.view(U, G, K, C), v.view(U, G, K, C)
-        own_k, own_v = self.own_k[layer][:, :, :, :t + 1], self.own_v[layer][:, :, :, :t + 1]         # [U, G, K, t+1, C]
-        # all completions of a prompt are rows of one product with its keys, which are read once
-        rows = q.transpose(1, 2).reshape(U, K, -1, C)                                                 # [U, K, G*H/K, C]
-        prompt_scores = (rows @ self.prompt_k[layer].transpose(2, 3)).view(U, K, G, -1, P).transpose(1, 2)
-        scores = torch.cat([prompt_scores.float() + self.mask, (q @ own_k.transpose(3, 4)).float()], -1)
-        p = scores.softmax(-1).to(v.dtype)                                                            # [U, G, K, H/K, P+t+1]
-        out = p[..., :P].transpose(1, 2).reshape(U, K, -1, P) @ self.prompt_v[layer]                  # [U, K, G*H/K, C]
-        out = out.view(U, K, G, -1, C).transpose(1, 2) + p[..., P:] @ own_v
-        return out.reshape(U * G, -1, C)
+        """One new token of each completion."""
+        q, own = q.unflatten(1, (k.shape[1], -1)), self.own[layer]                                    # [S, K, H/K, C]
+        own.index_copy_(3, self.at, torch.stack([k, v])[:, :, :, None])
+        if not self.shared:
+            return F.scaled_dot_product_attention(q, *own, attn_mask=self.mask).flatten(1, 2)
+        outs, lses = [], []
+        for prompt, part in zip(self.prompts[layer], q.split(self.counts)):                           # [G, K, H/K, C]
+            # all completions of a prompt are rows of one product with its keys, which are read once
+            rows = part.transpose(0, 1).flatten(1, 2)[None]                                           # [1, K, G*H/K, C]
+            out, lse = attention_lse(rows, *prompt[:, None])
+            outs.append(out[0].unflatten(1, (len(part), -1)).transpose(0, 1))
+            lses.append(lse[0].unflatten(1, (len(part), -1)).transpose(0, 1))
+        # For the softmax a whole prompt is one more key: its score is the log of its denominator, its value its output
+        scores = torch.cat([torch.cat(lses)[..., None], dot(q, own[0]) / math.sqrt(q.shape[3]) + self.mask], -1)
+        p = scores.softmax(-1).to(q.dtype)                                                            # [S, K, H/K, 1+L]
+        return (p[..., :1] * torch.cat(outs) + p[..., 1:] @ own[1]).flatten(1, 2)
 
 
 def prefill(model, cache, prompts, chunk):
@@ -302,21 +350,23 @@ def prefill(model, cache, prompts, chunk):
             streams[-1].append((u, start, end))
             room -= end - start
             start = end
-    last = [None] * len(prompts)
+    last = []
     for cache.segments in streams:
         tokens = [t for u, start, end in cache.segments for t in prompts[u][start:end]]
         positions = [p for _, start, end in cache.segments for p in range(start, end)]
-        hidden = model(stream(tokens, positions, model.device), cache)
+        hidden = model(SimpleNamespace(tokens=torch.tensor(tokens, device=model.device),
+                                       positions=torch.tensor(positions, device=model.device)), cache)
         ends = np.cumsum([end - start for _, start, end in cache.segments]) - 1
-        for (u, _, end), row in zip(cache.segments, ends):
-            if end == len(prompts[u]):
-                last[u] = hidden[row]
-    return torch.stack(last)
+        last.append(hidden[[row for row, (u, _, end) in zip(ends, cache.segments) if end == len(prompts[u])]])
+    return torch.cat(last)
 
 
-def stream(tokens, positions, device):
-    return SimpleNamespace(tokens=torch.as_tensor(tokens, device=device),
-                           positions=torch.as_tensor(positions, device=device))
+def logits_of(model, hidden):
+    """[S, D] -> [S, V] in fp32; rows of the head beyond the tokenizer's ids are never sampled."""
+    head = model.head_weight[:model.n_vocab]
+    logits = torch.empty(len(hidden), len(head), device=hidden.device)
+    matmul(hidden, head.T, out=logits)
+    return logits
 
 
 def pick(logits, noise, temperature, top_p=1.0, top_k=0, min_p=0.0):
@@ -336,97 +386,144 @@ def pick(logits, noise, temperature, top_p=1.0, top_k=0, min_p=0.0):
     return torch.searchsorted(mass, noise.double()[:, None] * mass[:, -1:], right=True)[:, 0]
 
 
+def draw(batch, logits):
+    """Sample the next token of every running completion from logits [S, V], note it and its log-prob, and move on."""
+    shown = logits if batch.seen is None else logits - batch.penalty * batch.seen
+    token = pick(shown, batch.noise[batch.which, batch.t], **batch.sampling)
+    # the log-prob is the trainer's: tempered, but neither penalised nor cut off
+    scaled = logits / (batch.sampling["temperature"] or 1.0)
+    batch.logps[batch.which, batch.t] = scaled.gather(1, token[:, None])[:, 0] - scaled.logsumexp(-1)
+    batch.written[batch.which, batch.t] = token
+    batch.stopped.copy_((token[:, None] == batch.stops).any(1))
+    if batch.seen is not None:
+        batch.seen.scatter_(1, token[:, None], True)
+    batch.tokens.copy_(token)
+    batch.positions += 1
+    batch.t += 1
+
+
+def decode(model, cache, batch):
+    """The forward pass of every completion's last token, and the draw of its next one.
+
+    All that changes from step to step lives in tensors on the device, nothing goes to the host and no shape hangs on a
+    value: so a CUDA graph can record one step and repeat it."""
+    cache.mask.index_fill_(3, cache.at, 0.0)
+    logits = logits_of(model, model(batch, cache))
+    cache.at += 1
+    draw(batch, logits)
+
+
+def stepper(model, cache, batch):
+    """-> a function that decodes one step, good until shapes change. On CUDA its first call runs as it stands, on a side
+    stream, which also warms up the libraries; the second records a graph, and that and all later calls replay it."""
+    step = partial(decode, model, cache, batch)
+    if model.device.type != "cuda":
+        return step
+    graph, calls = torch.cuda.CUDAGraph(), itertools.count()
+
+    def replay():
+        call = next(calls)
+        if call == 0:
+            side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                step()
+            return main.wait_stream(side)
+        if call == 1:
+            with torch.cuda.graph(graph):
+                step()  # recorded, not run
+        graph.replay()
+    return replay
+
+
 @torch.no_grad()
 def generate(model, prompts, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, presence_penalty=0.0,
              stop_ids=(), seed=0, chunk=2048, kv_tokens=2**18, on_done=None, numbers=None):
     """Sample n completions of each prompt -> [[Completion, ...n], ...], in the order of the prompts.
 
     prompts are lists of token ids. temperature 0 is greedy. presence_penalty is subtracted from the logits of tokens that
-    the completion already holds. seed is a number or several. The noise of a completion depends on (seed, index of its
-    prompt, its own index) alone, so neighbours, order and waves do not change it. chunk bounds the tokens of one prefill
-    pass; prompts are served in waves of similar length of at most kv_tokens stored positions (one prompt at least).
-    on_done(prompt, i, Completion) is called as completions finish. Raises UserError for an empty prompt or n < 1."""
+    the completion already holds. seed is a number or several. The noise of a completion depends on (seed, number of its
+    prompt, its own index) alone, so neighbours, order and waves do not change it; `numbers` are the prompts' places in the
+    list unless given. chunk bounds the tokens of one prefill pass; prompts are served in waves of similar length of at
+    most kv_tokens stored positions and 2^27 logits (one prompt at least). on_done(prompt, i, Completion) is called as
+    completions finish. Raises UserError for an empty prompt, one beyond the model's positions, or an impossible option."""
     if n < 1 or max_new_tokens < 0 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
         raise UserError("sampling needs n >= 1, max_new_tokens >= 0, temperature >= 0, top_k >= 0, 0 < top_p <= 1 and "
                         f"0 <= min_p <= 1, found n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, "
                         f"top_k={top_k}, top_p={top_p}, min_p={min_p}")
-    if not all(len(prompt) for prompt in prompts):
-        raise UserError(f"prompt {[len(p) for p in prompts].index(0)} is empty: it needs at least one token")
+    limit = model.config.max_position_embeddings
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {i} is empty: it needs at least one token")
+        if len(prompt) + max_new_tokens > limit:
+            raise UserError(f"prompt {i} has {len(prompt)} tokens, with {max_new_tokens} new ones "
+                            f"{len(prompt) + max_new_tokens}, but the model has only {limit} positions "
+                            "(max_position_embeddings in its config.json): shorten the prompt or ask for fewer new tokens")
     if max_new_tokens == 0:
         return [[Completion([], [], False) for _ in range(n)] for _ in prompts]
     done, seed = {}, seed if isinstance(seed, (tuple, list)) else (seed,)
+    numbers = range(len(prompts)) if numbers is None else numbers
 
     def finish(which, tokens, logps, finished):
         done[which] = Completion(tokens, logps, finished)
         if on_done:
-            on_done(which // n, which % n, done[which])
+            on_done(*which, done[which])
 
-    waves = []
+    waves, room = [], 0
     for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):  # longest first: waves of similar length
-        longest = len(prompts[waves[-1][0]]) if waves else 0
-        if not waves or (len(waves[-1]) + 1) * (longest + n * max_new_tokens) > kv_tokens:
+        if room == 0:
             waves.append([])
+            room = max(1, min(kv_tokens // (len(prompts[i]) + n * max_new_tokens), 2**27 // (n * model.n_vocab)))
         waves[-1].append(i)
+        room -= 1
     sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
     for wave in waves:
-        noise = np.stack([np.random.default_rng([*seed, numbers[i] if numbers else i, j]).random(max_new_tokens, dtype=np.float32)
-                          for i in wave for j in range(n)])
-        sample_wave(model, [prompts[i] for i in wave], n, max_new_tokens, noise, sampling, presence_penalty, stop_ids, chunk,
-                    lambda which, *rest: finish(wave[which // n] * n + which % n, *rest))
-    return [[done[i * n + j] for j in range(n)] for i in range(len(prompts))]
+        names = [(i, j) for i in wave for j in range(n)]
+        noise = np.stack([np.random.default_rng([*seed, numbers[i], j]).random(max_new_tokens, dtype=np.float32)
+                          for i, j in names])
+        sample_wave(model, [prompts[i] for i in wave], n, noise, sampling, presence_penalty, stop_ids, chunk,
+                    lambda which, *rest: finish(names[which], *rest))
+    return [[done[i, j] for j in range(n)] for i in range(len(prompts))]
 
 
-def sample_wave(model, prompts, n, max_new_tokens, noise, sampling, presence_penalty, stop_ids, chunk, finish):
-    """Prefill and decode one wave; finish(index, tokens, logps, finished) is called once for each of its completions."""
-    device, temperature = model.device, sampling["temperature"]
-    head, V = model.head_weight, model.n_vocab
-    cache = Cache(model.config, [len(p) for p in prompts], head.dtype, device)
-
-    def logits_of(hidden):  # [.., D] -> [.., V] in fp32; rows of the head beyond the tokenizer's ids are never sampled
-        return F.linear(hidden, head[:V]).float()
-
-    logits = logits_of(prefill(model, cache, prompts, chunk)).repeat_interleave(n, 0)          # [U*n, V]
+def sample_wave(model, prompts, n, noise, sampling, penalty, stop_ids, chunk, finish):
+    """Prefill and decode one wave; finish(index, tokens, logps, finished) is called once for each of its completions.
+    noise [all completions, max_new_tokens]."""
+    device, (count, max_new_tokens) = model.device, noise.shape
+    lengths = [len(p) for p in prompts]
+    cache = Cache(model.config, lengths, model.head_weight.dtype, device)
+    logits = logits_of(model, prefill(model, cache, prompts, chunk))                           # [U, V]
     cache.start(n)
-    noise, stops = torch.from_numpy(noise).to(device), torch.tensor(list(stop_ids), dtype=torch.long, device=device)
-    tokens = torch.zeros(noise.shape, dtype=torch.long, device=device)                         # [all completions, R]
-    logps = torch.zeros(noise.shape, device=device)
-    seen = torch.zeros(len(noise), V, dtype=torch.bool, device=device) if presence_penalty else None
-    live_host = np.arange(len(noise)).reshape(len(prompts), n)                                 # grid slot -> completion
-    live, ended = torch.from_numpy(live_host).to(device), np.zeros(len(noise), dtype=bool)
+    which = np.arange(count)                                                                   # slot -> completion
+    batch = SimpleNamespace(
+        tokens=torch.zeros(count, dtype=torch.long, device=device),                            # [S] the last ones, and
+        positions=torch.tensor(lengths, device=device).repeat_interleave(n) - 1,               # [S] where they stand
+        which=torch.from_numpy(which).to(device), t=torch.zeros(1, dtype=torch.long, device=device),
+        stopped=torch.zeros(count, dtype=torch.bool, device=device),
+        stops=torch.tensor(list(stop_ids), dtype=torch.long, device=device),
+        noise=torch.from_numpy(noise).to(device), sampling=sampling, penalty=penalty,
+        seen=torch.zeros(count, model.n_vocab, dtype=torch.bool, device=device) if penalty else None,
+        written=torch.zeros(noise.shape, dtype=torch.long, device=device), logps=torch.zeros(noise.shape, device=device))
+    draw(batch, logits.repeat_interleave(n, 0))
+    ended, step = np.zeros(count, dtype=bool), None
 
-    for t in range(max_new_tokens):
-        slots = live.flatten()
-        shown = logits - presence_penalty * seen[slots] if presence_penalty else logits
-        token = pick(shown, noise[slots, t], **sampling)                                       # [slots]
-        # the log-prob is the trainer's: tempered, but neither penalised nor cut off
-        scaled = logits / temperature if temperature else logits
-        logp = scaled.gather(1, token[:, None])[:, 0] - scaled.logsumexp(-1)
-        tokens[slots, t], logps[slots, t] = token, logp
-        if presence_penalty:
-            seen[slots, token] = True
-
-        stopped = torch.isin(token, stops).cpu().numpy()                                       # the step's only transfer
-        for which, stop in zip(live_host.flatten(), stopped):
-            if (stop or t == max_new_tokens - 1) and not ended[which]:
-                ended[which] = True
-                finish(which, tokens[which, :t + 1].tolist(), logps[which, :t + 1].tolist(), bool(stop))
-        alive = ~ended[live_host]                                                              # [U, G]
+    for t in range(1, max_new_tokens + 1):
+        for i, stop in zip(which, batch.stopped.cpu().numpy()):                                # the step's only transfer
+            if (stop or t == max_new_tokens) and not ended[i]:
+                ended[i] = True
+                finish(i, batch.written[i, :t].tolist(), batch.logps[i, :t].tolist(), bool(stop))
+        alive = ~ended[which]                                                                  # [S]
         if not alive.any():
             return
-        # Finished completions leave once a quarter of the grid is idle: then copying the rest pays. The grid stays
-        # rectangular; a prompt with fewer live completions than the busiest one keeps some finished ones, unread.
-        U, G = int(alive.any(1).sum()), int(alive.sum(1).max())
-        if U * G <= 0.75 * alive.size:
-            rows = np.flatnonzero(alive.any(1))                                                # [U']
-            grid = np.argsort(~alive[rows], axis=1, kind="stable")[:, :G]                      # [U', G'], live ones first
-            live_host = live_host[rows[:, None], grid]
-            rows, grid = torch.from_numpy(rows).to(device), torch.from_numpy(grid.copy()).to(device)
-            cache.keep(rows, grid)
-            token, live = token.view(live.shape)[rows[:, None], grid].flatten(), live[rows[:, None], grid]
-        cache.grow()
-        positions = (cache.lengths[:, None] + t).expand(live.shape).flatten()
-        logits = logits_of(model(stream(token, positions, device), cache))
-        cache.step += 1
+        if alive.mean() <= 0.75:  # finished completions leave once a quarter is idle: then copying the rest pays
+            which, step = which[alive], None
+            cache.keep(alive)
+            rows = torch.from_numpy(np.flatnonzero(alive)).to(device)
+            for name in ("tokens", "positions", "which", "stopped") + ("seen",) * bool(penalty):
+                setattr(batch, name, getattr(batch, name)[rows])
+        if cache.grow() or step is None:
+            step = stepper(model, cache, batch)
+        step()
 
 
 # ------------------------------------------------------------------------------------------------------------------ rewards
@@ -850,6 +947,220 @@ def score_table(rows):
     return "\n".join(lines)
 
 
+# ---------------------------------------------------------------------------------------------------------------- benchmark
+
+SMALL = dict(vocab_size=8192, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8,
+             num_key_value_heads=4, head_dim=32, max_position_embeddings=2**15)
+QWEN3 = dict(vocab_size=151936, num_key_value_heads=8, head_dim=128, max_position_embeddings=2**18)
+QWEN3_1_7B = QWEN3 | dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16)
+QWEN3_32B = QWEN3 | dict(hidden_size=5120, intermediate_size=25600, num_hidden_layers=64, num_attention_heads=64,
+                         tie_word_embeddings=False)
+# (shape, task, sizes (P, G, R), whether the twins run too)
+BENCH = {"cpu": [(SMALL, "sample", [(32, 8, 64), (512, 1, 64), (2048, 8, 64), (4096, 8, 64)], True),
+                 (SMALL, "train", [(2048, 8, 64), (4096, 8, 64)], True),
+                 (SMALL, "train", [(1024, 8, 64), (8192, 8, 64), (16384, 8, 64)], False)],
+         "cuda": [(QWEN3_1_7B, "sample", [(8192, 8, 256), (32768, 16, 256)], True),
+                  (QWEN3_1_7B, "sample", [(131072, 8, 256), (131072, 16, 256)], False),
+                  (QWEN3_1_7B, "train", [(8192, 8, 1024), (32768, 8, 1024)], True),
+                  (QWEN3_1_7B, "train", [(131072, 8, 1024)], False),
+                  (QWEN3_32B, "sample", [(8192, 8, 64), (32768, 8, 64)], False)]}
+
+
+def random_model(shape, dtype, device):
+    """A transformer with weights N(0, 1 / (4 fan_in)), made where it will stay: 32B parameters pass no other memory."""
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(**shape)).to(dtype)
+    model.to_empty(device=device)
+    for p in model.parameters():
+        torch.nn.init.ones_(p) if p.dim() == 1 else torch.nn.init.normal_(p, std=0.5 * p.shape[1] ** -0.5)
+    return model
+
+
+def transformers_twin(model):
+    """The same model in transformers, which then shares our weights; None where it is not installed."""
+    try:
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+    except ImportError:
+        return None
+    dtype = model.embed_tokens.weight.dtype
+    with torch.device("meta"):
+        twin = Qwen3ForCausalLM(Qwen3Config(**model.config.to_dict(dtype) | dict(torch_dtype=None)))
+    weights = {file_name(name): p.detach() for name, p in model.named_parameters()}
+    twin.load_state_dict(weights | {"lm_head.weight": model.head_weight.detach()}, strict=False, assign=True)
+    twin.model.rotary_emb = type(twin.model.rotary_emb)(twin.config).to(model.device)       # its tables are no weights
+    return twin.eval()
+
+
+def train(model, packs):
+    """Forward and backward, as the stages do it, of packs that together make one step."""
+    for pack in packs:
+        loss, _ = token_loss(lambda stats, rows: -stats.logp.sum(), model(pack)[pack.rows], model.head_weight, pack.targets)
+        loss.backward()
+    model.zero_grad()
+
+
+CONTENDERS = {"sample": ("ours", "prompt repeated", "transformers"),
+              "train": ("ours", "prompt repeated", "one completion at a time")}
+
+
+def contender(model, task, name, P, G, R):
+    """-> function that does the task once, None if it is not installed. Sampling takes the number of new tokens."""
+    rng = np.random.default_rng(0)
+    prompt, *completions = (rng.integers(0, model.n_vocab, n).tolist() for n in [P] + [R] * G)
+    alone = [(prompt, [c]) for c in completions]
+    if task == "train":
+        groups = {"ours": [[(prompt, completions)]], "prompt repeated": [alone],
+                  "one completion at a time": [[x] for x in alone]}[name]
+        return lambda: train(model, [Pack.build(group, model.device) for group in groups])
+    if name == "ours":
+        return lambda R: generate(model, [prompt], G, R)
+    if name == "prompt repeated":
+        return lambda R: generate(model, [prompt] * G, 1, R)
+    twin, ids = transformers_twin(model), torch.tensor([prompt], device=model.device)
+    return twin and (lambda R: twin.generate(
+        ids, attention_mask=torch.ones_like(ids), num_return_sequences=G, max_new_tokens=R, do_sample=True, top_k=0,
+        eos_token_id=None, pad_token_id=0))
+
+
+def medians(functions, device, repeats=5):
+    """Seconds of each function (inf: out of memory), taken in turns, so that what else the machine does falls on all."""
+    times = [[] for _ in functions]
+    for _ in range(repeats + 1):
+        for function, seconds in zip(functions, times):
+            start = time.perf_counter()
+            try:
+                function()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - start)
+            except torch.OutOfMemoryError:
+                seconds.append(math.inf)
+    return [float(np.median(seconds[1:] or seconds)) for seconds in times]      # the first time is warm-up
+
+
+def peak_bytes(shape, task, sizes, name, device, dtype):
+    """Most memory that a contender takes beyond the weights. On the CPU this needs a process of its own."""
+    model = random_model(shape, dtype, device)
+    for P, G, R in ((8, 1, 2), sizes):       # a small one first: what the libraries take for themselves is not counted
+        once = partial(contender(model, task, name, P, G, R), *[R] * (task == "sample"))
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        before = high_water(device.type)
+        if medians([once], device, 0) == [math.inf]:
+            return math.inf
+    return high_water(device.type) - before
+
+
+def costs(c, P, G, R):
+    """FLOPs of the forward pass of a prompt, and of its completions with their head; bytes, in units of one element, that
+    a decoding step reads (all weights and the prompt's keys and values). Two FLOPs per weight and token; attention takes
+    4 H C per layer, query and key, and a causal query sees half of its keys."""
+    D, C, layers, H, K = c.hidden_size, c.head_dim, c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads
+    weights, pair, head = layers * D * (2 * C * (H + K) + 3 * c.intermediate_size), 4 * H * C * layers, c.vocab_size * D
+    return (2 * weights * P + pair * P * P / 2, G * R * (2 * (weights + head) + pair * (P + R / 2)),
+            weights + head + 2 * K * C * layers * P)
+
+
+def bench_case(shape, task, sizes, twins, device, dtype, rates):
+    """One size -> a row for each contender. Tokens count once however often a contender computes them, so that rates
+    compare like times. `share` of a copy's bandwidth (decode) or of a matmul's FLOP/s (the rest); training is taken as three
+    forward passes, so whatever it computes twice to save memory lowers its share."""
+    model, (P, G, R), (copied, matmuls) = random_model(shape, dtype, device), sizes, rates
+    functions = {name: contender(model, task, name, *sizes) for name in CONTENDERS[task][:None if twins else 1]}
+    names = [name for name in functions if functions[name]]
+    prompt, completions, read = costs(model.config, *sizes)
+    if task == "train":
+        seconds = medians([functions[name] for name in names], device)
+        found = [dict(seconds=s, train_tokens_s=(P + G * R) / s, flop_share=3 * (prompt + completions) / s / matmuls)
+                 for s in seconds]
+    else:
+        first, whole = (medians([partial(functions[name], new) for name in names], device) for new in (1, R))
+        found = [dict(seconds=w, prefill_tokens_s=P / f, flop_share=prompt / f / matmuls,
+                      decode_tokens_s=G * (R - 1) / (w - f), copy_share=read * dtype.itemsize * (R - 1) / (w - f) / copied)
+                 for f, w in zip(first, whole)]
+    del model, functions  # each case below makes its own
+    asked = [(shape, task, sizes, name, device, dtype) for name in names]
+    if device.type == "cuda":
+        peaks = [peak_bytes(*arguments) for arguments in asked]
+    else:
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:     # a fresh process for each
+            peaks = pool.starmap(peak_bytes, asked, chunksize=1)
+    return [dict(task=task, width=shape["hidden_size"], P=P, G=G, R=R, who=name, peak_bytes=peak, **row)
+            for name, row, peak in zip(names, found, peaks)]
+
+
+def full_step(student, teacher, P, G, R):
+    """A whole step of dGRPO: sample, score by the teacher, update. -> seconds of each. The student's weights are fp32, its
+    arithmetic is that of the teacher's dtype."""
+    dtype, device, advantage = teacher.embed_tokens.weight.dtype, student.device, torch.linspace(-1, 1, G)
+    student.compute_dtype, optimizer, clock = dtype, adamw(student, 1e-6), [time.perf_counter()]
+
+    def lap():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        clock.append(time.perf_counter())
+
+    prompt = np.random.default_rng(0).integers(0, student.n_vocab, P).tolist()
+    sampler = copy.deepcopy(student).to(dtype)
+    completions = generate(sampler, [prompt], G, R)[0]
+    del sampler
+    lap()
+    pack = Pack.build([(prompt, [c.tokens for c in completions])], device)
+    with torch.no_grad():
+        teacher_hidden = teacher(pack)[pack.rows]
+    lap()
+    pull = advantage.to(device)[pack.seq]
+    loss, _ = token_loss(lambda stats, rows: (0.5 * stats.kl - pull[rows] * stats.logp).sum() / (G * R),
+                         student(pack)[pack.rows], student.head_weight, pack.targets, teacher_hidden, teacher.head_weight)
+    loss.backward()
+    optimizer.step()
+    lap()
+    return dict(zip(("sample_seconds", "teacher_seconds", "update_seconds"), np.diff(clock).tolist()))
+
+
+def markdown(rows):
+    """The rows as a table; times are also given relative to ours, which is the first row of each size."""
+    lines = ["| task | width | P | G | R | who | s | x ours | prefill tok/s | decode tok/s | train tok/s | peak MB "
+             "| of matmul | of copy |", "|" + "---|" * 14]
+    for row in rows:
+        ours = row["seconds"] if row["who"] == "ours" else ours
+        cells = [row[key] for key in ("task", "width", "P", "G", "R", "who")]
+        cells += [f"{row['seconds']:.3f}", f"{row['seconds'] / ours:.2f}"]
+        cells += [f"{row[key]:,.0f}" if key in row else ""
+                  for key in ("prefill_tokens_s", "decode_tokens_s", "train_tokens_s")]
+        cells += [f"{row['peak_bytes'] / 1e6:,.0f}"]
+        cells += [f"{row[key]:.0%}" if key in row else "" for key in ("flop_share", "copy_share")]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def benchmark(cases=None, device=None):
+    """Ours, the naive twins and transformers side by side: a JSON line for each result as it comes, then a table."""
+    device = device or init()
+    cuda = device.type == "cuda"
+    dtype, n = (torch.bfloat16, 8192) if cuda else (torch.float32, 1024)
+    a = torch.randn(n, n, dtype=dtype, device=device)
+    b = torch.empty(2**28 if cuda else 2**24, dtype=torch.float32, device=device)
+    copy_s, matmul_s = medians([b.clone, lambda: a @ a], device)
+    rates, rows = (2 * b.nbytes / copy_s, 2 * n**3 / matmul_s), []
+    del a, b
+    where = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
+    print(json.dumps(dict(device=where, torch=torch.__version__, dtype=str(dtype)[6:], copy_bytes_s=rates[0],
+                          matmul_flops_s=rates[1])), flush=True)
+    for shape, task, sizes, twins in BENCH[device.type] if cases is None else cases:
+        for size in sizes:
+            found = bench_case(shape, task, size, twins, device, dtype, rates)
+            for row in found:
+                print(json.dumps(row), flush=True)
+            rows += found
+    print(markdown(rows))
+    if cuda:  # the paper's setting, one step of it on one GPU
+        student, teacher = random_model(QWEN3_1_7B, torch.float32, device), random_model(QWEN3_32B, dtype, device)
+        torch.cuda.reset_peak_memory_stats()
+        row = full_step(student, teacher.requires_grad_(False), 131072, 8, 1024)
+        print(json.dumps(dict(task="one dGRPO step", P=131072, G=8, R=1024, **row, peak_bytes=high_water("cuda"))))
+
+
 # ------------------------------------------------------------------------------------------------------------- command line
 
 @dataclass
@@ -875,6 +1186,7 @@ class Config:
     min_p: float = 0.0               # drop tokens less likely than this share of the likeliest one
     presence_penalty: float = 1.5    # subtracted from the logits of tokens already written
     seed: int = 0                    # the same seed gives the same completions
+    bench: bool = False              # measure sampling and training on random weights instead, see benchmark()
 
 
 def read_text(path):
@@ -910,6 +1222,8 @@ def evaluate_files(cfg):
 
 
 def main(cfg):
+    if cfg.bench:
+        return benchmark()
     if cfg.eval:
         return evaluate_files(cfg)
     text = read_text(cfg.prompt_file) if cfg.prompt_file else cfg.prompt

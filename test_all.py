@@ -20,6 +20,8 @@ import regex
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, so before kernels is
@@ -103,6 +105,8 @@ def test_imports_go_one_way(name):
 @pytest.mark.parametrize("name", ORDER)
 def test_only_the_six_packages_are_needed(name):
     packages = {"torch", "numpy", "tiktoken", "safetensors", "triton", "tqdm"}
+    if name == "rollout":
+        packages.add("transformers")    # its --bench compares with it where it is installed
     optional = {"matplotlib", "liger_kernel", "regex"}      # figures; a benchmark; what tiktoken needs itself
     assert imported(name) - set(ORDER) - set(sys.stdlib_module_names) <= packages | optional | ({"liger_kernel"} if name == "kernels" else set())
 
@@ -1357,7 +1361,7 @@ def test_a_corrupt_checkpoint_is_refused_in_one_line_or_read_as_it_is_written(ba
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
 def test_greedy_completions_are_those_of_transformers(tmp_path, family):
-    hf = hf_checkpoint(tmp_path, family)
+    hf = hf_checkpoint(tmp_path, family, max_position_embeddings=128)
     ours, _ = load(tmp_path)
     ours.n_vocab = SHAPE["vocab_size"]  # transformers does not know which rows the tokenizer uses
     prompts = [byte_ids(40)[:n] for n in (3, 17, 40)]
@@ -1367,8 +1371,8 @@ def test_greedy_completions_are_those_of_transformers(tmp_path, family):
 
 
 def test_the_recipe_runs_on_checkpoints_of_another_family_and_width(tmp_path):
-    hf_checkpoint(tmp_path / "student", "qwen3", torch.bfloat16)
-    hf_checkpoint(tmp_path / "teacher", "llama", hidden_size=48)
+    hf_checkpoint(tmp_path / "student", "qwen3", torch.bfloat16, max_position_embeddings=1024)
+    hf_checkpoint(tmp_path / "teacher", "llama", hidden_size=48, max_position_embeddings=1024)
     cfg = recipe.Config(out=str(tmp_path / "out"), student=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"),
                         train_len=512, test_len=2048, sft_steps=1, rl_steps=1, batch=2, group=2, max_new=4, test_n=1,
                         **dict(user_files(tmp_path), test_data=write_lines(tmp_path / "test.jsonl", [QUESTION] * 2)))
@@ -1460,23 +1464,171 @@ def test_pairs_of_tokens_come_as_often_as_the_model_says():
     assert abs(chi_square - 143) < 4 * math.sqrt(2 * 143)   # 144 cells: mean 143, variance 286
 
 
+WAYS = {"plain": math.inf, "shared": -1}    # SHARE_BYTES that force one way of attending to prompts
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    """Both ways of the cache, with blocks so small that few steps grow it often."""
+    for device in ("cpu", "meta"):
+        monkeypatch.setitem(rollout.SHARE_BYTES, device, WAYS[request.param])
+        monkeypatch.setitem(rollout.BLOCK, device, 2)
+    return request.param
+
+
 @pytest.mark.parametrize("chunk", [1, 5, 30, 2048])
-def test_cache_and_chunked_prefill_give_the_hidden_states_of_a_full_pass(chunk, monkeypatch):
-    monkeypatch.setattr(rollout.Cache, "BLOCK", 2)          # so that five steps grow it twice
+def test_cache_and_chunked_prefill_give_the_hidden_states_of_a_full_pass(chunk, way):
     student, prompts, rng = tiny_model(), three_prompts(), np.random.default_rng(2)
-    grid = rng.integers(0, 12, (3, 2, 5))                                                    # [U, G, R]
+    grid = rng.integers(0, 12, (6, 5))                                                       # [S, R]: two of each prompt
     cache = rollout.Cache(student.config, [len(p) for p in prompts], torch.float32, "cpu")
     with torch.no_grad():
         steps = [rollout.prefill(student, cache, prompts, chunk).repeat_interleave(2, 0)]
         cache.start(2)
+        assert cache.shared == (way == "shared")
         for t in range(5):
             cache.grow()
-            positions = (cache.lengths[:, None] + t).expand(3, 2).flatten()
-            steps.append(student(rollout.stream(grid[:, :, t].reshape(-1), positions, "cpu"), cache))
-            cache.step += 1
-        for u, g in itertools.product(range(3), range(2)):
-            full = student(Pack.build([(prompts[u] + grid[u, g].tolist(), [])]))
-            close(torch.stack(steps, 1).view(3, 2, 6, -1)[u, g], full[len(prompts[u]) - 1:])
+            cache.mask.index_fill_(3, cache.at, 0.0)
+            positions = torch.tensor(cache.lengths).repeat_interleave(2) + t
+            steps.append(student(SimpleNamespace(tokens=torch.from_numpy(grid[:, t]), positions=positions), cache))
+            cache.at += 1
+        for s in range(6):
+            full = student(Pack.build([(prompts[s // 2] + grid[s].tolist(), [])]))
+            close(torch.stack(steps, 1)[s], full[len(prompts[s // 2]) - 1:])
+
+
+@pytest.mark.parametrize("causal, dtype", [(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)])
+def test_attention_with_its_denominator_equals_the_formula(causal, dtype):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 8, generator=g).to(dtype) for n in ((6, 6, 6) if causal else (5, 70, 70)))
+    scores = (q.double() @ k.double().transpose(2, 3)) / 8 ** 0.5
+    if causal:
+        scores = scores.masked_fill(torch.ones(6, 6).triu(1).bool(), -math.inf)
+    out, lse = rollout.attention_lse(q, k, v, causal)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    close(out.double(), scores.softmax(-1) @ v.double(), tolerance)
+    close(lse.double(), scores.logsumexp(-1), tolerance)
+
+
+def test_both_ways_of_sampling_and_the_repeated_prompt_agree(monkeypatch):
+    student, prompts = tiny_model(), three_prompts()
+    options = dict(max_new_tokens=70, temperature=0, presence_penalty=0.3, stop_ids=(3,))    # they end at different times
+    repeated = [sum(generate(student, [p] * 4, 1, **options), []) for p in prompts]
+    for threshold in WAYS.values():
+        monkeypatch.setitem(rollout.SHARE_BYTES, "cpu", threshold)
+        found = generate(student, prompts, 4, **options)
+        assert tokens_of(found) == tokens_of(repeated)
+        for ours, theirs in zip(sum(found, []), sum(repeated, [])):
+            assert ours.logps == pytest.approx(theirs.logps, abs=1e-5)
+
+
+def test_long_prompts_are_shared_and_short_ones_copied():
+    def shared(n, *lengths):
+        cache = rollout.Cache(tiny_model().config, lengths, torch.float32, "cpu")   # 128 bytes a token and layer
+        cache.start(n)
+        return cache.shared
+
+    assert shared(8, 2000) and not shared(8, 1900) and not shared(1, 15000) and shared(1, 16000)
+    assert shared(8, 1900, 2100) and not shared(8, 1900, 1990)                      # the mean of several decides
+
+
+def test_prefill_holds_no_more_than_a_chunk_at_a_time():
+    student, sizes = tiny_model(), []
+    P, chunk = 4000, 100
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            out = op(*args, **kwargs or {})
+            sizes.extend(x.numel() for x in (out if isinstance(out, (tuple, list)) else [out])
+                         if isinstance(x, torch.Tensor) and x.untyped_storage().nbytes() != kv_bytes)
+            return out
+
+    config = student.config
+    kv_bytes = 2 * config.num_key_value_heads * P * config.head_dim * 4
+    cache = rollout.Cache(config, [P], torch.float32, "cpu")
+    with torch.no_grad(), Largest():
+        hidden = rollout.prefill(student, cache, [random_ids(np.random.default_rng(0), P)], chunk)
+    assert len(hidden) == 1 and max(sizes) <= chunk * max(config.intermediate_size, 2 * config.hidden_size)
+
+
+HOST_SYNCS = ("_local_scalar_dense", "nonzero", "_unique", "_unique2", "isin", "masked_select", "equal", "is_nonzero",
+              "lift_fresh", "_pin_memory", "repeat_interleave.Tensor", "bincount")     # isin sorts where stops are many
+
+
+class Recordable(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot record: values that go to the host, shapes that hang on values, copies between
+    devices, tensors made on the host. Notes name, shapes and dtypes of every operation."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.log = device, []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.__name__
+        assert not any(name == bad or name.startswith(bad + ".") for bad in HOST_SYNCS), name
+        out = op(*args, **kwargs or {})
+        for x in tree_flatten((args, kwargs, out))[0]:
+            assert not isinstance(x, torch.Tensor) or x.device.type == self.device, name
+            if name.startswith("index.") or name.startswith("index_put"):
+                assert not isinstance(x, torch.Tensor) or x.dtype != torch.bool or x is args[0], "an index of booleans"
+        self.log.append((name, [(tuple(x.shape), x.dtype) for x in tree_flatten((args, out))[0]
+                                if isinstance(x, torch.Tensor)]))
+        return out
+
+
+def batch_of(student, cache, n, R, device, penalty=0.5, **sampling):
+    """The state of decoding, as sample_wave makes it, on any device."""
+    S = n * len(cache.lengths)
+    zeros = lambda *shape, dtype=torch.long: torch.zeros(*shape, dtype=dtype, device=device)
+    return SimpleNamespace(
+        tokens=zeros(S), positions=torch.tensor(cache.lengths, device=device).repeat_interleave(n) - 1,
+        which=torch.arange(S, device=device), t=zeros(1), stopped=zeros(S, dtype=torch.bool), stops=zeros(2) + 3,
+        noise=torch.rand(S, R, generator=torch.Generator().manual_seed(0)).to(device), penalty=penalty,
+        seen=zeros(S, student.n_vocab, dtype=torch.bool), written=zeros(S, R),
+        logps=zeros(S, R, dtype=torch.float32), sampling=dict(temperature=0.8, top_p=0.9, top_k=6, min_p=0.01) | sampling)
+
+
+@pytest.mark.parametrize("device, dtype", [("cpu", torch.float32), ("meta", torch.bfloat16)], ids=str)
+def test_a_decoding_step_could_be_recorded_as_a_cuda_graph(device, dtype, way):
+    """On the meta device the branches for CUDA run, without values; on the CPU the code that the other tests compare."""
+    student = tiny_model().to(dtype).to(device)
+    cache = rollout.Cache(student.config, [9, 4, 17], dtype, device)
+    with torch.no_grad():
+        rollout.prefill(student, cache, three_prompts(), 8)
+    cache.start(2)
+    batch = batch_of(student, cache, 2, 8, device)
+    with torch.no_grad():
+        rollout.draw(batch, torch.zeros(6, student.n_vocab, device=device))
+        cache.grow()
+        student(SimpleNamespace(tokens=batch.tokens, positions=batch.positions), cache)     # brings the rotary table over
+        before = {k: (v.data_ptr(), v.shape) for k, v in vars(batch).items() if isinstance(v, torch.Tensor)}
+        logs = []
+        for _ in range(2):                                                                    # one block of room
+            with Recordable(device) as mode:
+                rollout.decode(student, cache, batch)
+            logs.append(mode.log)
+    assert len(logs[0]) > 100 and logs[0] == logs[1]         # the same operations on the same shapes
+    assert before == {k: (v.data_ptr(), v.shape) for k, v in vars(batch).items() if isinstance(v, torch.Tensor)}
+
+
+def test_a_decoding_step_reads_its_state_from_its_buffers_alone(way):
+    """What a replayed graph does: the same step run again from a copied-back state gives the same bits."""
+    student = tiny_model()
+    cache = rollout.Cache(student.config, [9, 4, 17], torch.float32, "cpu")
+    with torch.no_grad():
+        logits = rollout.logits_of(student, rollout.prefill(student, cache, three_prompts(), 8))
+        cache.start(2)
+        batch = batch_of(student, cache, 2, 8, "cpu")
+        rollout.draw(batch, logits.repeat_interleave(2, 0))
+        cache.grow()
+        step = rollout.stepper(student, cache, batch)
+        state = [x for x in [*vars(batch).values(), cache.at, cache.mask, *cache.own] if isinstance(x, torch.Tensor)]
+        before = [x.clone() for x in state]
+        step()
+        first = [x.clone() for x in state]
+        for x, y in zip(state, before):
+            x.copy_(y)
+        step()
+    assert all(torch.equal(x, y) for x, y in zip(state, first)) and not torch.equal(first[0], before[0])
 
 
 @pytest.mark.parametrize("options", [dict(), dict(temperature=0.7), dict(top_p=0.5, presence_penalty=1.0),
@@ -1515,6 +1667,7 @@ def test_noise_depends_on_seed_prompt_index_and_completion_index_alone():
     whole = sample()
     assert len({tuple(c) for group in whole for c in group}) == 9 and whole != sample(seed=(4, 3))
     assert whole == sample(kv_tokens=1) == sample(chunk=3)     # one prompt per wave; small chunks
+    assert whole[1:] == sample(three_prompts()[1:], numbers=[1, 2])                # a rank's share of the prompts
     assert whole[:2] == sample(three_prompts()[:2])                                # fewer neighbours
     assert [group[:1] for group in whole] == sample(n=1)                           # fewer siblings
 
@@ -1591,6 +1744,71 @@ def test_the_sampler_refuses_impossible_options(options, named):
 def test_the_sampler_refuses_an_empty_prompt():
     with pytest.raises(UserError, match="prompt 1 is empty"):
         generate(tiny_model(), [[1], []])
+
+
+@pytest.mark.parametrize("P, R", [(20, 0), (17, 0), (9, 8)])
+def test_the_sampler_refuses_a_prompt_beyond_the_models_positions(P, R):
+    student = tiny_model()
+    student.config.max_position_embeddings = 16
+    with pytest.raises(UserError, match=f"prompt 1 has {P} tokens, with {R} new ones {P + R}, but .* only 16 positions"):
+        generate(student, [[1], [1] * P], 1, R)
+    assert len(generate(student, [[1] * 9], 1, 7)[0][0].tokens) == 7       # 9 + 7 fit
+
+
+# ------------------------------------------------------------------------------------------------------- rollout: benchmark
+
+TINY_BENCH = rollout.SMALL | dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+CPU = torch.device("cpu")
+
+
+def test_the_contenders_of_the_benchmark_do_the_same_work():
+    student = rollout.random_model(TINY_BENCH, torch.float32, CPU)
+    twin, ids = rollout.transformers_twin(student), list(range(40))
+    if twin is not None:
+        close(twin(torch.tensor([ids])).logits[0].detach(), student.logits(ids).detach())
+    found = []
+    student.zero_grad = lambda: found.append(torch.cat([p.grad.flatten() for p in student.parameters()]))
+    for name in rollout.CONTENDERS["train"]:
+        rollout.contender(student, "train", name, 30, 3, 5)()
+        for p in student.parameters():
+            p.grad = None
+    close(found[1], found[0])
+    close(found[2], found[0])
+
+
+def test_the_stated_costs_are_those_that_pytorch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+    student = rollout.random_model(TINY_BENCH, torch.float32, CPU)
+    P, G, R = 300, 3, 5
+    prompt, completions, _ = rollout.costs(student.config, P, G, R)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        student(Pack.build([([1] * P, [])]))
+    counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    linear = counted["aten.mm"]
+    C, H = student.config.head_dim, student.config.num_attention_heads
+    assert prompt == linear + 4 * H * C * 2 * P * P / 2
+    assert completions == G * R * (linear / P + 2 * 64 * 32 + 4 * H * C * 2 * (P + R / 2))
+
+
+def test_the_benchmark_ends_in_json_lines_and_a_table(capsys):
+    rollout.benchmark([(TINY_BENCH, task, [(64, 4, 8)], False) for task in ("sample", "train")], CPU)
+    lines = capsys.readouterr().out.splitlines()
+    first, *rows = [json.loads(line) for line in lines if line.startswith("{")]
+    table = [line for line in lines if line.startswith("|")]
+    assert first["copy_bytes_s"] > 0 and first["matmul_flops_s"] > 0 and len(table) == 2 + len(rows)
+    assert [(r["task"], r["who"]) for r in rows] == [("sample", "ours"), ("train", "ours")]
+    assert len({line.count("|") for line in table}) == 1
+    for row in rows:
+        assert row["seconds"] > 0 and row["peak_bytes"] >= 0 and row["flop_share"] > 0
+
+
+def test_one_step_of_the_benchmark_samples_scores_and_updates():
+    student = rollout.random_model(TINY_BENCH, torch.float32, CPU)
+    teacher = rollout.random_model(TINY_BENCH | dict(hidden_size=48), torch.float32, CPU).requires_grad_(False)
+    before = [p.clone() for p in student.parameters()]
+    seconds = rollout.full_step(student, teacher, 40, 3, 5)
+    assert len(seconds) == 3 and min(seconds.values()) > 0
+    assert all(not torch.equal(p, q) for p, q in zip(student.parameters(), before))
 
 
 # -------------------------------------------------------------------------------------------------------- rollout: rewards
@@ -2012,7 +2230,7 @@ def test_rollout_evaluates_files_and_appends_the_rows_of_its_table(world, tmp_pa
         rollout.main(flags)
     out, err = capsys.readouterr()
     rows = read_lines(tmp_path / "eval.jsonl")
-    assert "rows are in eval.jsonl" in err and rows[:len(rows) // 2] == rows[len(rows) // 2:]
+    assert "rows are in eval.jsonl" in out and rows[:len(rows) // 2] == rows[len(rows) // 2:]
     assert {(r["file"], r["family"]) for r in rows} == {(data, "facts"), (world.data, "all")}
     assert all(r["runs"] == 3 and 0 <= r["truncated"] <= 1 and 0 < r["tokens"] <= 4 for r in rows)
     assert sum(r["n"] for r in rows) == 16              # 2 files of 4, twice
