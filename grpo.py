@@ -17,15 +17,15 @@ Where the paper is silent: one update per rollout, temperature 1, truncated comp
 The loss printed at the first update is no measure of progress: with rho = 1 and centred advantages its policy part is 0
 while its gradient is not.
 """
-import math, time
+import math, sys, time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from kernels import token_loss, token_stats
-from model import (Pack, Run, UserError, adamw, add_up, check_flags, gather, init, load_student, load_teacher, my_streams,
-                   run, share_out, split_by_size, whole)
+from model import (Pack, Run, UserError, adamw, add_up, check_context, check_flags, gather, init, load_student, load_teacher,
+                   my_streams, on_device, plan, rank, run, share_out, whole)
 from rollout import (check_rewards, completion_text, data_order, generate, load_judge, prompt_ids, read_examples, rewards_of,
                      usable)
 
@@ -44,6 +44,7 @@ class Config:
     batch: int = 8                      # prompts per step
     group: int = 8                      # completions of each prompt; the advantage compares within them
     micro: int = 16384                  # tokens of the largest stream; smaller needs less memory, same gradient
+    teacher_offload: bool = False       # keep the teacher in CPU memory while it is not reading
     steps: int = 60                     # rollouts
     updates: int = 1                    # optimizer steps on each rollout
     lr: float = 3e-4                    # learning rate (paper: 1e-6)
@@ -98,16 +99,22 @@ def token_weights(lengths, counted, aggregate, max_new):
     return counted / (max_new * completions)
 
 
+def log_ratios(logp, logp_old, ratio, seq):
+    """log rho of every token [n]; with ratio "sequence" (GSPO, arXiv 2507.18071) its mean over the token's completion, numbered
+    by seq [n]."""
+    log_ratio = logp - logp_old
+    if ratio != "sequence":
+        return log_ratio
+    sums = torch.zeros(int(seq.max()) + 1 if len(seq) else 0, dtype=logp.dtype, device=logp.device)
+    return (sums.index_add(0, seq, log_ratio) / seq.bincount().clamp(min=1))[seq]
+
+
 def policy_loss(logp, logp_old, advantage, weight, eps_low=0.2, eps_high=0.2, ratio="token", seq=None):
     """- sum_t weight_t min(rho_t A_t, clip(rho_t, 1 - eps_low, 1 + eps_high) A_t). All vectors are [n], one entry a token.
 
-    ratio "sequence" (GSPO, arXiv 2507.18071) replaces rho_t by the geometric mean over its completion, numbered by seq [n];
+    ratio "sequence" takes the ratio of the token's completion, see log_ratios;
     "cispo" (arXiv 2506.13585) is - sum_t weight_t sg(min(rho_t, 1 + eps_high)) A_t logp_t: no token loses its gradient."""
-    log_ratio = logp - logp_old
-    if ratio == "sequence":
-        sums = torch.zeros(int(seq.max()) + 1 if len(seq) else 0, dtype=logp.dtype, device=logp.device)
-        log_ratio = (sums.index_add(0, seq, log_ratio) / seq.bincount().clamp(min=1))[seq]
-    rho = log_ratio.exp()
+    rho = log_ratios(logp, logp_old, ratio, seq).exp()
     if ratio == "cispo":
         return -(weight * rho.clamp(max=1 + eps_high).detach() * advantage * logp).sum()
     return -(weight * torch.min(rho * advantage, rho.clamp(1 - eps_low, 1 + eps_high) * advantage)).sum()
@@ -190,21 +197,24 @@ def main(cfg):
     examples = read_examples(cfg.data)
     check_rewards(examples, cfg.judge, cfg.allow_code)
     fits, sizes, _ = usable(examples, tokenizer, cfg.ctx, cfg.max_new)
-    longest = sizes.max() + cfg.group * cfg.max_new
+    longest = sizes.max() + cfg.max_new
     if longest > cfg.micro:
-        raise UserError(f"--micro {cfg.micro}: the longest prompt with its {cfg.group} completions can take {longest} "
-                        "tokens")
+        raise UserError(f"--micro {cfg.micro}: the longest prompt with one completion can take {longest} tokens")
     teacher = None
-    if cfg.teacher in ("ref", "self"):
+    if cfg.teacher in ("ref", "self") and cfg.beta:
         teacher = load_student(cfg.model, device)[0].requires_grad_(False)
     elif cfg.teacher and cfg.beta:
-        teacher = load_teacher(cfg.teacher, device, tokenizer)
+        teacher = load_teacher(cfg.teacher, device, tokenizer, cfg.teacher_offload)
+    check_context(cfg.ctx, *(m.config for m in (model, teacher) if m is not None))
+    needed = plan(model, cfg, device, teacher)
     judge = load_judge(cfg.judge, device) if cfg.judge else None
     this.begin(model, tokenizer, adamw(model, cfg.lr))
+    if rank() == 0:
+        print(needed, file=sys.stderr)
     full_kl = dict(kl=cfg.kl) if cfg.kl not in ("k1", "k2") else {}
 
     for step in this.steps():
-        if cfg.teacher == "self":
+        if teacher is not None and cfg.teacher == "self":
             teacher.load_state_dict(model.state_dict())
 
         # roll out: G completions of each prompt, and their rewards
@@ -235,11 +245,15 @@ def main(cfg):
         # pack whole groups, as many into a stream as --micro allows, and let the teacher read them
         times.append(time.time())
         kept = counted.any(1).nonzero()[:, 0].tolist()
-        sizes = [len(prompts[chosen[b]]) + int(lengths[b].sum()) for b in kept]
-        parts = split_by_size(kept, sizes, cfg.micro)
-        parts = my_streams(parts, [sum(sizes[kept.index(b)] for b in part) for part in parts])
-        streams = [build_stream([(prompts[chosen[b]], completions[b]) for b in part], advantage[part].flatten(),
-                                weight[part].flatten(), teacher, cfg, device) for part in parts]
+        sizes = [(len(prompts[chosen[b]]), lengths[b].tolist()) for b in kept]
+        parts = [[(kept[g], members) for g, members in part] for part in my_streams(sizes, cfg.micro)]
+        streams = []
+        with on_device(teacher, device):
+            for part in parts:
+                groups = [(prompts[chosen[b]], [completions[b][i] for i in members]) for b, members in part]
+                A, w = (torch.cat([x[0, :0], *(x[b, members] for b, members in part)]) for x in (advantage, weight))
+                streams.append(build_stream(groups, A, w, teacher, cfg, device))
+            teacher_head = teacher.head_weight.detach() if teacher else None  # sharded weights are whole after a pass
 
         # update: all streams make one optimizer step
         times.append(time.time())
@@ -250,7 +264,7 @@ def main(cfg):
                 hidden = model(s.pack)[s.pack.rows]                                                  # [N, D]
                 head = (hidden, model.head_weight, s.pack.targets)
                 if teacher is not None and full_kl:
-                    head += (s.teacher_hidden, teacher.head_weight)
+                    head += (s.teacher_hidden, teacher_head)
                 options = dict(temperature=cfg.temperature, vocab=model.n_vocab, **full_kl)
                 if cfg.ratio == "sequence":  # the ratio couples all tokens of a completion: statistics first, then the loss
                     stats = token_stats(*head, **options)
@@ -263,25 +277,27 @@ def main(cfg):
                     if update == 0:
                         s.logp_first = stats.logp.detach()
                     real = s.weight > 0                          # masked completions stay out of the means
-                    rho, difference = (stats.logp - s.logp_old).exp()[real], (s.logp_first - s.logp_old).abs()
+                    rho = log_ratios(stats.logp, s.logp_old, cfg.ratio, s.pack.seq).exp()
+                    too_high, too_low = (rho > 1 + cfg.eps_high) & (s.advantage > 0), (rho < 1 - cfg.eps_low) & (s.advantage < 0)
+                    difference = (s.logp_first - s.logp_old).abs()[real]
                     kl = stats.kl if s.logp_teacher is None else stats.logp - s.logp_teacher
                     sums["loss"] += loss.item()
                     sums["kl"] += kl[real].sum().item()
-                    in_loss = k2(stats.logp, s.logp_teacher) if cfg.kl == "k2" else stats.kl         # k1: not in the loss
+                    in_loss = k2(stats.logp, s.logp_teacher) if teacher and cfg.kl == "k2" else stats.kl   # k1: not in it
                     sums["kl_loss"] += cfg.beta * (s.weight * in_loss).sum().item()
                     sums["entropy"] += stats.entropy[real].sum().item()
-                    sums["clipped"] += ((rho < 1 - cfg.eps_low) | (rho > 1 + cfg.eps_high)).sum().item()
-                    sums["logp_diff"] += difference[real].sum().item()
+                    sums["clipped"] += (too_high | too_low)[real].sum().item()
+                    sums["logp_diff"] += difference.sum().item()
                     sums["rows"] += real.sum().item()
-                    largest = max([largest, *difference[real].tolist()])
+                    largest = max(largest, difference.max().item() if len(difference) else 0.0)
                     if not math.isfinite(loss.item()):
-                        suspects += [drawn[chosen[b]].get("id") for b in part]
+                        suspects += [drawn[chosen[b]].get("id") for b, _ in part]
             sums, largest = add_up(sums), max(gather(largest))
             updated = this.update(sums["loss"], suspects, [e.get("id") for e in drawn.values()])
         times.append(time.time())
 
         # log; of several updates the last
-        rows, reward, tokens = max(sums["rows"], 1), rewards.mean().item(), sum(sizes)
+        rows, reward, tokens = max(sums["rows"], 1), rewards.mean().item(), sum(P + sum(group) for P, group in sizes)
         sampling, scoring, updating = np.diff(times).tolist()
         this.log(dict(
             reward=reward, reward_std=rewards.std(1).mean().item(), zero_variance=equal.float().mean().item(),

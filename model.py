@@ -14,7 +14,8 @@ Letters used in all files:
     T tokens in a stream        P prompt tokens        G completions of one prompt       R completion tokens
     N rows that carry loss      D hidden size          H / K query / key-value heads     C head size      V vocabulary
 """
-import argparse, dataclasses, datetime, fcntl, inspect, json, math, os, re, resource, shutil, signal, sys, time, unicodedata
+import argparse, dataclasses, datetime, fcntl, functools, inspect, itertools, json, math, os, re, resource, shutil, signal, sys
+import time, unicodedata
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -27,10 +28,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import AuxRequest, varlen_attn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+
+from kernels import CHUNK_BYTES
 
 
 class UserError(ValueError):
@@ -507,45 +513,167 @@ class Pack:
                       for x in (tokens, positions, groups, rows, targets, seq)))
 
     def __post_init__(self):
-        """Index tables for attention: completions of a prompt as one [G, R_max] grid, so that one call serves them all.
-
-        Short completions are filled up at the right with any token; under a causal mask nothing real sees the filling, and
-        its own rows are dropped, so the result is exact."""
-        self.sizes, self.grids = [], []
+        """Where the stream is cut for attention: `pieces`, each prompt and each completion; `own`, all completions of a
+        prompt together, which stand `own_at`; and `shared`, their prompts, which stand `shared_at`."""
+        pieces, own, shared, own_at, shared_at, at = [], [], [], [], [], 0
         for P, lengths in self.groups:
-            R = torch.tensor(lengths, dtype=torch.long)
-            own = int(R.sum())
-            self.sizes += [P, own]
-            column = torch.arange(int(R.max()) if own else 0)
-            grid = ((R.cumsum(0) - R)[:, None] + column).clamp(max=own - 1)            # [G, R_max], within the completions
-            real = (column < R[:, None]).flatten().nonzero()[:, 0]                     # [own]
-            self.grids.append((grid.to(self.tokens.device), real.to(self.tokens.device)))
+            R = sum(lengths)
+            pieces += [P] + [n for n in lengths if n]
+            if R:
+                own.append(R)
+                shared.append(P)
+                shared_at += range(at, at + P)
+                own_at += range(at + P, at + P + R)
+            at += P + R
+        self.pieces, self.own, self.shared = (cut(x, self.tokens.device) for x in (pieces, own, shared))
+        if len(self.groups) == 1:  # slices are views, tensors would copy
+            self.own_at, self.shared_at = slice(shared[0] if own else at, None), slice(0, pieces[0])
+        else:
+            self.own_at, self.shared_at = (torch.tensor(x, dtype=torch.long, device=self.tokens.device)
+                                           for x in (own_at, shared_at))
 
     def attend(self, layer, q, k, v):
         """q [T, H, C], k and v [T, K, C] -> [T, H, C]. The prompt's keys serve all its completions, forward and backward."""
-        out = []
-        # split, not slices: the gradient of T/100 slices would be T/100 tensors of full length
-        pieces = list(zip(*(x.split(self.sizes) for x in (q, k, v))))
-        for (grid, real), prompt, own in zip(self.grids, pieces[::2], pieces[1::2]):
-            out.append(causal_attention(*(x[None] for x in prompt))[0])
-            if len(real):
-                rows, keys, values = (x.index_select(0, grid.flatten()).unflatten(0, grid.shape) for x in own)
-                keys, values = (torch.cat([x.expand(len(grid), -1, -1, -1), y], 1)     # [G, P + R_max, K, C]
-                                for x, y in zip(prompt[1:], (keys, values)))
-                out.append(causal_attention(rows, keys, values).flatten(0, 1).index_select(0, real))
-        return torch.cat(out)
+        if q.is_cuda and q.dtype not in (torch.bfloat16, torch.float16):
+            return plain_attention(self, q, k, v)
+        return PackedAttention.apply(q, k, v, self)
 
 
-def split_by_size(items, sizes, limit):
-    """Cut a list into consecutive parts whose sizes add up to at most `limit` (an item larger than that stands alone)."""
-    parts, room = [], 0
-    for item, size in zip(items, sizes):
-        if not parts or size > room:
-            parts.append([])
-            room = limit
-        parts[-1].append(item)
-        room -= size
-    return parts
+def plain_attention(pack, q, k, v):
+    """Pack.attend the obvious way, one piece after the other: the yardstick, and fp32 on CUDA, which flash attention lacks."""
+    out, at = [], 0
+    for P, lengths in pack.groups:
+        prompt, at = slice(at, at + P), at + P
+        out.append(causal_attention(q[None, prompt], k[None, prompt], v[None, prompt])[0])
+        for R in filter(None, lengths):
+            own, at = slice(at, at + R), at + R
+            keys, values = (torch.cat([x[prompt], x[own]])[None] for x in (k, v))
+            out.append(causal_attention(q[None, own], keys, values)[0])
+    return torch.cat(out)
+
+
+class PackedAttention(torch.autograd.Function):
+    """Attention of a stream in two calls of a flash kernel, without a copy of any prompt's keys and values.
+
+    A completion attends to itself (a, causal) and to its whole prompt (b, no mask). Each call gives an output and, per row
+    and head, the logarithm of its softmax's denominator, from which the softmax over both follows:
+        lse = log(e^lse_a + e^lse_b)        out = (e^lse_a out_a + e^lse_b out_b) / e^lse
+    Backward asks of a row only out, lse and d out: with p = exp(q.k - lse), d v = p^T d out and
+    d (q.k) = p (d out.v - d out.out). So each call's backward, given the row's out and lse over both, returns its part of the
+    exact gradient, and the parts add up (as in ring attention, arXiv 2310.01889)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, pack):
+        out, lse = flash(q, k, v, pack.pieces, pack.pieces, causal=True)                     # [T, H, C], [H, T]
+        if pack.own[0]:
+            own, shared = pack.own_at, pack.shared_at
+            out_b, lse_b = flash(q[own], k[shared], v[shared], pack.own, pack.shared, causal=False)
+            weight = torch.sigmoid(lse_b - lse[:, own]).T[..., None]                         # of b: [rows, H, 1], fp32
+            out[own] = torch.lerp(out[own].to(weight.dtype), out_b.to(weight.dtype), weight).to(out.dtype)
+            lse[:, own] = torch.logaddexp(lse[:, own], lse_b)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.pack = pack
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        (q, k, v, out, lse), pack = ctx.saved_tensors, ctx.pack
+        dq, dk, dv = flash_backward(dout, q, k, v, out, lse, pack.pieces, pack.pieces, causal=True)
+        if pack.own[0]:
+            own, shared = pack.own_at, pack.shared_at
+            dq_b, dk_b, dv_b = flash_backward(dout[own], q[own], k[shared], v[shared], out[own], lse[:, own],
+                                              pack.own, pack.shared, causal=False)
+            dq[own] += dq_b
+            dk[shared] += dk_b
+            dv[shared] += dv_b
+        return dq, dk, dv, None
+
+
+def cut(sizes, device):
+    """Sizes of consecutive pieces, as a list and as variable-length attention wants them: (sizes, [0, s_1, s_1 + s_2, ...])."""
+    return sizes, torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32, device=device)
+
+
+# forward is public; this is the backward that it registers, called here with an out and lse of our own
+varlen_attn_backward = torch.ops.torch_attn._varlen_attn_backward
+
+
+def takes_varlen(q):
+    return q.is_cuda
+
+
+def flash(q, k, v, q_cut, k_cut, causal):
+    """Attention of each piece of q [n, H, C] to the piece of k, v [m, K, C] of the same number -> out [n, H, C] and
+    lse [H, n], the logarithm of the sum of e^score over the keys. `causal` is for pieces as long as their keys."""
+    (q_sizes, q_ends), (k_sizes, k_ends) = q_cut, k_cut
+    if takes_varlen(q):
+        return varlen_attn(q, k, v, q_ends, k_ends, max(q_sizes), max(k_sizes), return_aux=AuxRequest(lse=True),
+                           window_size=(-1, 0 if causal else -1), enable_gqa=True)
+    done = []
+    for n, *piece in zip(q_sizes, q.split(q_sizes), k.split(k_sizes), v.split(k_sizes)):
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*folded(causal, *piece), 0.0, causal)
+        done.append((unfolded(out, n), unfolded(lse[..., None], n)))
+    out, lse = (torch.cat(x) for x in zip(*done))
+    return out, lse[..., 0].T
+
+
+def flash_backward(dout, q, k, v, out, lse, q_cut, k_cut, causal):
+    """d (q, k, v) from d out, when out and lse are what `flash` gave, or are over more keys than these."""
+    (q_sizes, q_ends), (k_sizes, k_ends) = q_cut, k_cut
+    if takes_varlen(q):
+        unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # state of the random numbers, for dropout
+        return varlen_attn_backward(dout, q, k, v, out, lse.contiguous(), q_ends, k_ends, max(q_sizes), max(k_sizes),
+                                    causal, unused, None, [-1, 0 if causal else -1])
+    done = []
+    rows = (x.split(q_sizes) for x in (dout, q, out, lse.T[..., None]))
+    for n, m, dout, q, out, lse, k, v in zip(q_sizes, k_sizes, *rows, k.split(k_sizes), v.split(k_sizes)):
+        q, k, v, dout, out, lse = folded(causal, q, k, v, dout, out, lse)
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout, q, k, v, out, lse[..., 0], 0.0, causal)
+        done.append([unfolded(x, size) for x, size in zip(grads, (n, m, m))])
+    return [torch.cat(x) for x in zip(*done)]
+
+
+def folded(causal, q, k, v, *like_q):
+    """[n, heads, C] -> [1, heads, n, C]. Without a mask the query heads that share a key head are as good as rows of it:
+    q becomes [1, K, n H/K, C], and keys are read once for all of them."""
+    heads = q.shape[1] if causal else k.shape[1]
+    q, *like_q = (x.unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 2)[None] for x in (q, *like_q))
+    return q, k.transpose(0, 1)[None], v.transpose(0, 1)[None], *like_q
+
+
+def unfolded(x, n):
+    """[1, heads, n g, C] -> [n, heads g, C]."""
+    return x[0].unflatten(1, (n, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def split_groups(groups, limit):
+    """Cut a batch into streams of at most `limit` tokens.
+
+    groups [(P, [R_1 ... R_G]), ...] as in Pack.groups -> [[(group, [completions]), ...], ...]: which completions of which
+    groups each stream holds, by number and in order. A group is cut only if it alone is longer than `limit`: then every
+    part repeats its prompt, and since losses are sums over tokens with weights of the whole batch, the gradient is the same.
+    Raises UserError if a prompt with one completion is longer than `limit`."""
+    streams, room = [], 0
+    for g, (P, lengths) in enumerate(groups):
+        parts, left = [], 0
+        for i, R in enumerate(lengths):
+            if P + R > limit:
+                raise UserError(f"--micro {limit}: a prompt of {P} tokens with a completion of {R} needs {P + R}")
+            if not parts or R > left:
+                parts.append([])
+                left = limit - P
+            parts[-1].append(i)
+            left -= R
+        for part in parts:
+            size = P + sum(lengths[i] for i in part)
+            if not streams or size > room:
+                streams.append([])
+                room = limit
+            streams[-1].append((g, part))
+            room -= size
+    return streams
 
 
 # -------------------------------------------------------------------------------------------------------------- transformer
@@ -565,9 +693,35 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        h = x.float()
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight.to(x.dtype) * h.to(x.dtype)
+        return Normalise.apply(x, self.weight, self.eps)
+
+
+class Normalise(torch.autograd.Function):
+    """RMSNorm for autograd, which would keep three fp32 copies of x: we keep x, and normalise it again in backward.
+
+    With n = x / rms(x) and u = weight * dy:  dx = (u - n mean(u n)) / rms(x)        dweight = sum over rows of dy n"""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return weight.to(x.dtype) * normalised(x, eps)[0].to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        n, scale = normalised(x, ctx.eps)
+        dweight = (dy * n).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        u = dy * weight.to(n.dtype)
+        return u.sub_(n.mul_((u * n).mean(-1, keepdim=True))).mul_(scale).to(x.dtype), dweight, None
+
+
+def normalised(x, eps):
+    """(x / rms(x), 1 / rms(x)) over the last dimension, in fp32."""
+    h = x.float()
+    scale = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    return h * scale, scale
 
 
 def rope_frequencies(config):
@@ -644,6 +798,11 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+# entries of one [rows, intermediate_size] buffer of an MLP: longer streams go through it in chunks of rows. In bf16 and at
+# the sizes of Qwen3-1.7B a buffer is 128 MB, and 128K tokens are 13 chunks; without them it would be 1.6 GB, 5 times
+MLP_CHUNK = 2**26
+
+
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -654,7 +813,19 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, attend):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        rows = max(1, MLP_CHUNK // self.mlp.gate_proj.out_features)
+        if len(x) <= rows:
+            return self.second_half(x)
+        # a chunk's buffers are dropped after it, and made again when its turn comes in backward
+        return torch.cat([again_in_backward(self.second_half, part) for part in x.split(rows)])
+
+    def second_half(self, x):
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def again_in_backward(f, *args):
+    """f(*args), of which nothing but the arguments is kept: backward computes it a second time. Gradients are the same."""
+    return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class Transformer(nn.Module):
@@ -665,6 +836,7 @@ class Transformer(nn.Module):
         self.config = config
         self.compute_dtype = None           # None: that of the weights. bf16 with fp32 weights is mixed precision
         self.n_vocab = config.vocab_size    # rows of the head in use; load() lowers it to the tokenizer's number of ids
+        self.checkpointing = False          # keep only the input of each layer for backward; plan() decides
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -686,12 +858,14 @@ class Transformer(nn.Module):
         (rollout.py) and by `pack.attend` otherwise."""
         attend = (cache or pack).attend
         x = self.embed_tokens(pack.tokens)                                               # [T, D]
+        if self.frequencies.device != x.device:  # once; not a buffer, which .to(bfloat16) would round
+            self.frequencies = self.frequencies.to(x.device)
         x = x.to(self.compute_dtype or x.dtype)
-        self.frequencies = self.frequencies.to(x.device)     # once: a CUDA graph allows no copy from the host
         angle = pack.positions[:, None, None].float() * self.frequencies                 # [T, 1, C/2]
         cos, sin = angle.cos() * self.rope_factor, angle.sin() * self.rope_factor
+        call = again_in_backward if self.checkpointing and torch.is_grad_enabled() else lambda layer, *args: layer(*args)
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, lambda q, k, v: attend(i, q, k, v))
+            x = call(layer, x, cos, sin, functools.partial(attend, i))
         return self.norm(x)
 
     def logits(self, tokens):
@@ -739,10 +913,10 @@ def file_name(parameter):
     return parameter if parameter == "lm_head.weight" else f"model.{parameter}"
 
 
-def load(path, dtype=torch.float32, device="cpu", sharded=False):
+def load(path, dtype=torch.float32, device="cpu", sharded=False, offload=False):
     """(Transformer, Tokenizer) of a Hugging Face directory. Names and shapes are checked before memory is taken, then each
     tensor goes from the file straight to its place, so the peak is the model and one shard. sharded: under torchrun, every
-    rank reads and keeps its own rows of each tensor only.
+    rank reads and keeps its own rows of each tensor only. offload: the weights wait in CPU memory for their use on `device`.
 
     Raises UserError for anything missing, extra, of the wrong shape or unsupported."""
     if not os.path.isdir(path):
@@ -779,10 +953,10 @@ def load(path, dtype=torch.float32, device="cpu", sharded=False):
 
     sharded = sharded and dist.is_initialized()
     if sharded:
-        shard(model.to(dtype), device).to_empty(device=device)
+        shard(model.to(dtype), device, offload).to_empty(device="cpu" if offload else device)
     second_head = None
     for file in files:
-        with safe_open(file, framework="pt", device="cpu" if sharded else str(device)) as f:
+        with safe_open(file, framework="pt", device="cpu" if sharded or offload else str(device)) as f:
             tensors = {name.removeprefix("model."): name for name in f.keys() & expected.keys()}
             if sharded:
                 for name, parameter in model.named_parameters():
@@ -967,15 +1141,18 @@ def share_out(work, costs):
     return [results[i] for i in range(len(costs))]
 
 
-def my_streams(streams, sizes):
-    """This rank's share of the streams of a step, filled up with empty ones: with FSDP2 all ranks must run the model equally
-    often, for each gives its part of the weights to the others."""
-    shares = spread(sizes)
+def my_streams(groups, micro):
+    """This rank's share of the streams that split_groups(groups, micro) makes, cut so that there is work for all ranks, and
+    filled up with empty ones: with FSDP2 all must run the model equally often, for each gives its part of the weights."""
+    tokens = [P + sum(lengths) for P, lengths in groups]
+    streams = split_groups(groups, min(micro, max([-(-sum(tokens) // world()), *tokens])))
+    costs = [sum(groups[g][0] + sum(groups[g][1][i] for i in members) for g, members in stream) for stream in streams]
+    shares = spread(costs)
     mine = [streams[i] for i in shares[rank()]]
     return mine + [[]] * (max(map(len, shares)) - len(mine))
 
 
-def shard(model, device):
+def shard(model, device, offload=False):
     """FSDP2: every rank keeps a part of each matrix; a layer's matrices are gathered while it is computed.
 
     The outermost group (embedding, last norm, head) stays whole from its forward to its backward: the head is used outside
@@ -984,9 +1161,10 @@ def shard(model, device):
     cuda = device.type == "cuda"
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if cuda else None, reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)  # RoPE tables stay fp32
+    home = CPUOffloadPolicy() if offload and cuda else OffloadPolicy()  # where the parts wait; FSDP2 fetches them itself
     for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=home)
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=home, reshard_after_forward=False)
     for module in [*model.layers, model]:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other kind
@@ -1020,13 +1198,154 @@ def load_student(path, device):
     return model, tokenizer
 
 
-def load_teacher(path, device, tokenizer):
-    """A frozen model in bf16 (fp32 on the CPU) whose tokenizer must give the same ids as the student's."""
-    teacher, its_tokenizer = load(path, torch.bfloat16 if device.type == "cuda" else torch.float32, device, sharded=True)
+def load_teacher(path, device, tokenizer, offload=False):
+    """A frozen model in bf16 (fp32 on the CPU) whose tokenizer must give the same ids as the student's. With offload its
+    weights stay in CPU memory between uses, see `on_device`."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    teacher, its_tokenizer = load(path, dtype, device, sharded=True, offload=offload)
     if not tokenizer.same_encoding(its_tokenizer):
         raise UserError(f"the teacher {path} encodes text otherwise than the student ({its_tokenizer.n_vocab} and "
                         f"{tokenizer.n_vocab} ids): the KL between them has no meaning; choose a teacher of the same family")
     return teacher.requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------------------------- memory
+
+def n_parameters(config):
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(config).parameters())
+
+
+def memory_needed(config, stream, rows, kind="cpu", checkpointing=False, teacher=None, offload=False, scored=0, slots=0,
+                  cached=0, world=1):
+    """Peak bytes of the three phases of a step, {"sampling", "scoring", "update"}, each {what: bytes}.
+
+    config, teacher   shapes of the student and of the teacher (None: there is none)
+    stream, rows      tokens T of the largest stream, and N of them that carry loss
+    scored            completion tokens of the batch, whose teacher_hidden [scored, Dt] waits for the update
+    slots, cached     completions sampled at a time, and positions of their keys and values
+    kind, world       "cpu": everything in fp32; "cuda": b = 2 bytes an entry where the optimizer is not concerned. FSDP2
+                      divides weights, gradients and optimizer state by the number of ranks
+
+    Of n weights the optimizer needs 12 n bytes (fp32 weight, two moments) and 4 n for gradients. Of a layer autograd keeps
+        K = 4 D + 3 H C + 3 K C + 4 I     entries a token: inputs of its matmuls, norms, attention and activation
+    and its backward works on W = 3 D + 2 I more; the I of the MLP are those of at most MLP_CHUNK / I tokens. The stream takes
+        T b L K      and then the larger of  T b W        and the head,      or with gradient checkpointing
+        T b L D      and then the larger of  T b (K + W)  and the head,
+    where the head is 3 buffers of a chunk of logits (kernels.CHUNK_BYTES), and b (2 T + 3 N) D of hidden states. In either
+    case two [V, D] gradients of the embedding and the head. In bf16 the cast weights of what is kept count too.
+    Sampling holds the cache, 2 L K C b bytes a position, and 20 bytes for each of its logits. Tests compare this with
+    measured peaks."""
+    b, fp32 = (2, 4) if kind == "cuda" else (4, 4)
+    n, D, V, I, L = (n_parameters(config) / world, config.hidden_size, config.vocab_size, config.intermediate_size,
+                     config.num_hidden_layers)
+    HC, KC = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    I = min(I, MLP_CHUNK / stream)                                                   # mean over the stream
+    layer, work = stream * b * (4 * D + 3 * HC + 3 * KC + 4 * I), stream * b * (3 * D + 2 * I)
+    layer += n / L * b if b == 2 else 0
+    head = 3 * min(CHUNK_BYTES[kind], fp32 * rows * V) + b * (2 * stream + 3 * rows) * D
+    state = {"weights and optimizer": 12 * n}
+    kept = stream * b * L * D if checkpointing else L * layer
+    peak = max(layer + work, head) if checkpointing else max(work, head)
+    update = state | {"gradients": 4 * n, "activations": kept + peak + 2 * fp32 * V * D}
+    sampling = state | {"cache": cached * 2 * L * KC * b, "logits": slots * V * 20}
+    scoring = dict(state)
+    if b == 2:
+        sampling["weights in bf16"] = 2 * n * world
+    if world > 1:  # two layers, the embedding and the head are whole at a time
+        update["gathered"] = scoring["gathered"] = 2 * b * (n * world / L + V * D)
+    if teacher is not None:
+        t, Dt = n_parameters(teacher), teacher.hidden_size
+        heads = (teacher.num_attention_heads + teacher.num_key_value_heads) * teacher.head_dim
+        weights, waiting = {"teacher": t * b / world}, {"teacher's hidden states": scored * Dt * b}
+        It = min(teacher.intermediate_size, MLP_CHUNK / stream)
+        scoring |= weights | waiting | {"teacher's pass": stream * b * (4 * Dt + 4 * heads + 3 * It)}
+        update |= waiting | ({"teacher's head": teacher.vocab_size * Dt * b} if offload else weights)
+        sampling |= {} if offload else weights
+    return dict(sampling=sampling, scoring=scoring, update=update)
+
+
+def read_text(path):
+    with open(path, encoding="utf-8") as f:
+        return f.read()
+
+
+def available_memory(device, models=()):
+    """Bytes that a run may use on `device`, with those that `models` hold there already; inf where nobody can tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    held = sum(own_part(p).nbytes for m in models for p in m.parameters() if p.device.type == "cpu")
+    limits = []
+    try:
+        limits.append(int(re.search(r"MemAvailable:\s+(\d+) kB", read_text("/proc/meminfo"))[1]) * 1024)
+        limit, used, stat = (read_text(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current", "stat"))
+        limits.append(int(limit) - int(used) + int(re.search(r"^file (\d+)", stat, re.M)[1]))  # a container's; cached files go
+    except (OSError, TypeError, ValueError):  # not Linux, or no limit ("max")
+        pass
+    return min(limits, default=math.inf) + held
+
+
+def plan(model, cfg, device, teacher=None, kv_tokens=2**18):
+    """Say what the run will need, before it starts, and turn gradient checkpointing on if it must. -> the sentence.
+
+    cfg has micro, ctx and batch, and where completions are sampled group and max_new. Raises UserError if it cannot fit."""
+    group, max_new, offload = (getattr(cfg, name, 0) for name in ("group", "max_new", "teacher_offload"))
+    batch, whole = -(-cfg.batch // world()), cfg.ctx + max(group - 1, 0) * max_new   # tokens of the longest group
+    stream = min(cfg.micro, batch * whole) if group else cfg.micro                 # several questions may share a document
+    scored = batch * group * max_new
+    wave = max(1, min(batch, kv_tokens // whole)) if group else 0                  # prompts that are sampled at a time
+    sizes = dict(stream=stream, rows=min(stream, scored) if group else stream, kind=device.type, scored=scored,
+                 teacher=teacher and teacher.config, offload=offload and device.type == "cuda", slots=wave * group,
+                 cached=wave * whole, world=world())
+    room = available_memory(device, [model] + ([teacher] if teacher else []))
+    for checkpointing in (False, True):
+        model.checkpointing = checkpointing
+        phases = memory_needed(model.config, checkpointing=checkpointing, **sizes)
+        parts = max(phases.values(), key=lambda parts: sum(parts.values()))
+        need = sum(parts.values())
+        if need < 0.9 * room:  # the rest for what is too small to be counted, and for fragments
+            break
+    text = lambda size: f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+    listed = ", ".join(f"{what} {text(size)}" for what, size in parts.items() if size >= 1e9)
+    sentence = f"this needs about {text(need)} of {text(room)}" + f" ({listed})" * bool(listed)
+    if need >= 0.9 * room:
+        flags = [f"--micro {cfg.micro}", f"--ctx {cfg.ctx}"] + [f"--group {group}"] * (group > 1)
+        tip = "; use --teacher-offload" if teacher is not None and not offload and device.type == "cuda" else ""
+        raise UserError(f"{sentence}: lower {', '.join(flags)}{tip}, or take a smaller model")
+    return sentence + ", with gradient checkpointing" * model.checkpointing
+
+
+@contextmanager
+def on_device(model, device):
+    """Lend the weights of a frozen model (or None) to `device`.
+
+    For a teacher that lives in CPU memory between uses: its weights never change, so they need no way back; a reference to
+    its head, taken inside, keeps that on the device. A model that is there already costs nothing, nor does a sharded one,
+    whose parts FSDP2 moves."""
+    parts = [] if model is None or dist.is_initialized() else list(model.parameters())
+    home = [p.data for p in parts]
+    try:
+        for p in parts:
+            p.data = p.data.to(device)
+        yield
+    finally:
+        for p, data in zip(parts, home):
+            p.data = data
+
+
+def longest_context(config):
+    """How many positions a model knows: those of its config, or those its RoPE scaling stretches them to."""
+    scaling = config.rope_scaling or {}
+    original = scaling.get("original_max_position_embeddings", config.max_position_embeddings)
+    return max(config.max_position_embeddings, int(original * scaling.get("factor", 1)))
+
+
+def check_context(ctx, *configs):
+    """Refuse a --ctx beyond the positions of a model."""
+    for config in configs:
+        if ctx > longest_context(config):
+            raise UserError(f"--ctx {ctx}: a model here knows {longest_context(config)} positions "
+                            "(max_position_embeddings, or what its rope_scaling makes of them)")
 
 
 # ------------------------------------------------------------------------------------------------------------- training runs

@@ -14,15 +14,15 @@ way or the other by a coin (GKD, arXiv 2306.13649).
 
 `diff grpo.py opd.py` shows what a reward costs: advantages, ratios and clipping are what is missing here.
 """
-import math, time
+import math, sys, time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from kernels import token_loss, token_stats
-from model import (Pack, Run, UserError, adamw, add_up, check_flags, init, load_student, load_teacher, my_streams, run,
-                   share_out, split_by_size, whole)
+from model import (Pack, Run, UserError, adamw, add_up, check_context, check_flags, init, load_student, load_teacher,
+                   my_streams, on_device, plan, rank, run, share_out, whole)
 from rollout import Completion, data_order, demonstration, generate, prompt_ids, read_examples, usable
 
 
@@ -39,6 +39,7 @@ class Config:
     batch: int = 8                      # prompts per step
     group: int = 8                      # completions of each prompt
     micro: int = 16384                  # tokens of the largest stream; smaller needs less memory, same gradient
+    teacher_offload: bool = False       # keep the teacher in CPU memory while it is not reading
     steps: int = 60                     # rollouts
     lr: float = 3e-4                    # learning rate (paper: 1e-6)
     warmup: int = 5                     # steps of linear warm-up
@@ -100,16 +101,20 @@ def main(cfg):
     if this.finished:
         return
     model, tokenizer = load_student(this.source, device)
-    teacher = load_teacher(cfg.teacher, device, tokenizer)
-    examples = read_examples(cfg.data, cfg.response_field if cfg.lam < 1 else None)
+    teacher = load_teacher(cfg.teacher, device, tokenizer, cfg.teacher_offload)
+    check_context(cfg.ctx, model.config, teacher.config)
+    field = cfg.response_field if cfg.lam < 1 else None
+    examples = read_examples(cfg.data, field)
     if not 0 <= cfg.top_k <= model.n_vocab:
         raise UserError(f"--top-k {cfg.top_k}: must lie between 0 and the {model.n_vocab} tokens there are")
-    fits, sizes, _ = usable(examples, tokenizer, cfg.ctx, cfg.max_new, cfg.response_field if cfg.lam < 1 else None)
-    longest = sizes.max() + cfg.group * cfg.max_new
+    fits, sizes, written = usable(examples, tokenizer, cfg.ctx, cfg.max_new, field)
+    longest = (sizes + np.maximum(written, cfg.max_new)).max()
     if longest > cfg.micro:
-        raise UserError(f"--micro {cfg.micro}: the longest prompt with its {cfg.group} completions can take {longest} "
-                        "tokens")
+        raise UserError(f"--micro {cfg.micro}: the longest prompt with one completion can take {longest} tokens")
+    needed = plan(model, cfg, device, teacher)
     this.begin(model, tokenizer, adamw(model, cfg.lr))
+    if rank() == 0:
+        print(needed, file=sys.stderr)
     sampled = cfg.kl in ("k1", "k2")
     options = dict(temperature=cfg.temperature, vocab=model.n_vocab)
     if not sampled:
@@ -138,41 +143,46 @@ def main(cfg):
         everyone = [c for group in completions for c in group]
         lengths = torch.tensor([len(c.tokens) for c in everyone])                                    # [M]
         weight = token_weights([[len(c.tokens) for c in group] for group in completions])            # [M]
+        weight = weight.split([len(group) for group in completions])                                 # [B][G_b]
+
+        # pack whole groups, as many into a stream as --micro allows, and let the teacher read them
+        sizes = [(len(prompts[i]), [len(c.tokens) for c in group]) for i, group in zip(chosen, completions)]
+        parts, streams = my_streams(sizes, cfg.micro), []
+        with on_device(teacher, device), torch.no_grad():
+            for part in parts:
+                pack = Pack.build([(prompts[chosen[b]], [completions[b][i].tokens for i in members])
+                                   for b, members in part], device)
+                w = torch.cat([weight[0][:0], *(weight[b][members] for b, members in part)]).to(device)[pack.seq]    # [N]
+                streams.append((pack, w, teacher(pack)[pack.rows]))                                  # [N, D of the teacher]
+            teacher_head = teacher.head_weight.detach()  # sharded weights are whole after a pass
 
         # distil: all streams make one optimizer step
         times.append(time.time())
         sums, suspects = dict.fromkeys(("loss", "kl", "entropy"), 0.0), []
-        sizes = [len(prompts[i]) + sum(len(c.tokens) for c in group) for i, group in zip(chosen, completions)]
-        parts = split_by_size(range(cfg.batch), sizes, cfg.micro)
-        weights = weight.split([len(group) for group in completions])
-        for part in my_streams(parts, [sum(sizes[b] for b in part) for part in parts]):
-            pack = Pack.build([(prompts[chosen[b]], [c.tokens for c in completions[b]]) for b in part], device)
-            w = torch.cat([weight[:0], *(weights[b] for b in part)]).to(device)[pack.seq]            # [N]
-            with torch.no_grad():
-                teacher_hidden = teacher(pack)[pack.rows]                                            # [N, D of the teacher]
+        for part, (pack, w, teacher_hidden) in zip(parts, streams):
             head = (model(pack)[pack.rows], model.head_weight, pack.targets)
             if sampled:
-                logp_teacher = token_stats(teacher_hidden, teacher.head_weight, pack.targets, temperature=cfg.temperature,
+                logp_teacher = token_stats(teacher_hidden, teacher_head, pack.targets, temperature=cfg.temperature,
                                            vocab=model.n_vocab).logp
                 loss, stats = token_loss(lambda stats, rows: distill_loss(
                     sampled_divergence(stats.logp, logp_teacher[rows], cfg.kl), w[rows]), *head, **options)
                 kl = stats.logp - logp_teacher
             else:
                 loss, stats = token_loss(lambda stats, rows: distill_loss(stats.kl, w[rows]),
-                                         *head, teacher_hidden, teacher.head_weight, **options)
+                                         *head, teacher_hidden, teacher_head, **options)
                 kl = stats.kl
             loss.backward()
             sums["loss"] += loss.item()
             sums["kl"] += kl.sum().item()
             sums["entropy"] += stats.entropy.sum().item()
             if not math.isfinite(loss.item()):
-                suspects += [drawn[chosen[b]].get("id") for b in part]
+                suspects += [drawn[chosen[b]].get("id") for b, _ in part]
         sums = add_up(sums)
         updated = this.update(sums["loss"], suspects, [e.get("id") for e in drawn.values()])
         times.append(time.time())
 
         # log
-        rows, tokens = int(lengths.sum()), sum(sizes)
+        rows, tokens = int(lengths.sum()), sum(P + sum(group) for P, group in sizes)
         sampling, updating = np.diff(times).tolist()
         this.log(dict(
             loss=sums["loss"], kl=sums["kl"] / rows, entropy=sums["entropy"] / rows, on_policy=float(own.mean()),

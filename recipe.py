@@ -34,7 +34,7 @@ import torch
 from tqdm import tqdm
 
 import grpo, opd, sft
-from model import (PRESETS, QWEN_PATTERN, Log, Tokenizer, UserError, barrier, check_flags, gather, init, load,
+from model import (PRESETS, QWEN_PATTERN, Log, Tokenizer, UserError, barrier, check_context, check_flags, gather, init, load,
                    new_model, rank, read_rows, run, save, tiny_tokenizer, write_file)
 from model import Config as ModelConfig
 from rollout import (PAPER_DECODING, check_rewards, demonstration, evaluate, load_judge, prompt_messages, read_examples,
@@ -639,7 +639,8 @@ def deepen(path, out, seed):
     """Make the tiny teacher out of the base model: one more layer, which at first adds nothing to the residual stream. It
     knows at once what the base knows, which spares its own, longer, training on short texts."""
     base, tokenizer = load(path)
-    teacher = new_model(ModelConfig(vocab_size=base.config.vocab_size, **PRESETS["tiny-teacher"]), seed)
+    shape = dict(vocab_size=base.config.vocab_size, max_position_embeddings=base.config.max_position_embeddings)
+    teacher = new_model(ModelConfig(**shape, **PRESETS["tiny-teacher"]), seed)
     teacher.load_state_dict(base.state_dict(), strict=False)
     for layer in teacher.layers[len(base.layers):]:
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
@@ -664,9 +665,8 @@ def main(cfg):
     grpo.check(grpo.Config(**rl, beta=cfg.beta))
     opd.check(opd.Config(**rl))
     check_flags(cfg)
-    if cfg.train_len + cfg.group * cfg.max_new > cfg.micro:
-        raise UserError(f"--micro {cfg.micro}: a prompt with its {cfg.group} completions can take "
-                        f"{cfg.train_len + cfg.group * cfg.max_new} tokens")
+    if cfg.train_len + cfg.max_new > cfg.micro:
+        raise UserError(f"--micro {cfg.micro}: a prompt with one completion can take {cfg.train_len + cfg.max_new} tokens")
     if not 0 <= cfg.long_share <= 1:
         raise UserError(f"--long-share {cfg.long_share}: a share lies between 0 and 1")
     for flag in ("haystack", "long_data", "short_data", "test_data"):
@@ -674,11 +674,13 @@ def main(cfg):
     if cfg.haystack and not cfg.student:
         raise UserError("--haystack hides the facts of the tasks for checkpoints of your own: give --student and --teacher too")
     read_haystack(cfg)
+    ctx = cfg.test_len + cfg.max_new
     if cfg.student:
         tokenizer = Tokenizer.from_dir(cfg.student)
         if not tokenizer.same_encoding(Tokenizer.from_dir(cfg.teacher)):
             raise UserError(f"the teacher {cfg.teacher} encodes text otherwise than the student {cfg.student}: choose "
                             "one of the same family")
+        check_context(ctx, *(ModelConfig.from_dir(path) for path in (cfg.student, cfg.teacher)))
     device, began = init(), time.time()
     log = Log(cfg, "recipe")
     log.begin(keep=lambda row: cfg.resume)  # of a run that stopped, the arms that are done
@@ -689,12 +691,12 @@ def main(cfg):
     if not cfg.student:
         tokenizer = tiny_tokenizer(task_words())
         rows = -(-tokenizer.n_vocab // 64) * 64
-        save(at("init"), new_model(ModelConfig(vocab_size=rows, **PRESETS["tiny-student"]), cfg.seed), tokenizer)
+        shape = ModelConfig(vocab_size=rows, max_position_embeddings=max(4096, ctx), **PRESETS["tiny-student"])
+        save(at("init"), new_model(shape, cfg.seed), tokenizer)
     data = write_data(cfg, tokenizer)
     test = read_examples(data["test"])
     for examples in (test, read_examples(data["rl"])):
         check_rewards(examples, cfg.judge, cfg.allow_code)
-    ctx = cfg.test_len + cfg.max_new
     common = dict(ctx=ctx, seed=cfg.seed, micro=cfg.micro, save_every=cfg.save_every, resume=cfg.resume)
 
     def fine_tune(name, model, data, steps, lr, **options):

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from kernels import high_water, matmul, token_loss
-from model import (Pack, Transformer, UserError, adamw, check_flags, file_name, gather, init, load, rank, run, share_out,
+from model import (Pack, Transformer, UserError, adamw, check_flags, file_name, gather, init, load, longest_context, rank, run, share_out,
                    world)
 from model import Config as ModelConfig
 
@@ -451,14 +451,14 @@ def generate(model, prompts, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0
         raise UserError("sampling needs n >= 1, max_new_tokens >= 0, temperature >= 0, top_k >= 0, 0 < top_p <= 1 and "
                         f"0 <= min_p <= 1, found n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, "
                         f"top_k={top_k}, top_p={top_p}, min_p={min_p}")
-    limit = model.config.max_position_embeddings
+    limit = longest_context(model.config)
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(f"prompt {i} is empty: it needs at least one token")
         if len(prompt) + max_new_tokens > limit:
             raise UserError(f"prompt {i} has {len(prompt)} tokens, with {max_new_tokens} new ones "
                             f"{len(prompt) + max_new_tokens}, but the model has only {limit} positions "
-                            "(max_position_embeddings in its config.json): shorten the prompt or ask for fewer new tokens")
+                            "(max_position_embeddings in its config.json, or what rope_scaling makes of them): shorten the prompt or ask for fewer new tokens")
     if max_new_tokens == 0:
         return [[Completion([], [], False) for _ in range(n)] for _ in prompts]
     done, seed = {}, seed if isinstance(seed, (tuple, list)) else (seed,)
@@ -788,7 +788,7 @@ def load_judge(path, device):
     It does not see the document. The three texts are one JSON object: no answer can end its string, whatever markup it
     imitates, and special tokens in it are plain text to our tokenizer. Verdicts are greedy, and remembered."""
     model, tokenizer = load(path, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
-    verdicts, room = {}, model.config.max_position_embeddings - 8
+    verdicts, room = {}, longest_context(model.config) - 8
 
     def ids_of(prompt):
         return tokenizer.chat([dict(role="user", content=prompt)], think=False)
@@ -1212,7 +1212,7 @@ def evaluate_files(cfg):
         raise UserError(f"cannot write to --out {cfg.out}: {error}") from None
     with out:
         for path, examples in zip(cfg.eval, files):
-            rows = evaluate(model, tokenizer, examples, cfg.ctx or model.config.max_position_embeddings, cfg.max_new, cfg.seed,
+            rows = evaluate(model, tokenizer, examples, cfg.ctx or longest_context(model.config), cfg.max_new, cfg.seed,
                             path, cfg.runs, cfg.think, judge, cfg.allow_code, temperature=cfg.temperature, top_p=cfg.top_p,
                             top_k=cfg.top_k, min_p=cfg.min_p, presence_penalty=cfg.presence_penalty)
             if rank() == 0:

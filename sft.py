@@ -12,13 +12,14 @@ What differs from the usual script:
     python sft.py                              the laptop's cold start; `python recipe.py --until data` makes its files
     python sft.py --model DIR --data chat.jsonl --out out/mine
 """
-import math, os, time
+import math, os, sys, time
 from dataclasses import dataclass
 
 import numpy as np
 
 from kernels import token_loss
-from model import Pack, Run, adamw, add_up, check_flags, init, load_student, my_streams, run, split_by_size
+from model import (Pack, Run, UserError, adamw, add_up, check_context, check_flags, init, load_student, my_streams, plan,
+                   rank, run)
 from rollout import data_order, demonstration, prompt_ids, read_examples, usable
 
 
@@ -51,7 +52,10 @@ def sft_loss(logp, count):
 def load_demonstrations(cfg, tokenizer):
     """The examples, and the numbers of those that fit, in runs of consecutive ones on one document."""
     examples = read_examples(cfg.data, cfg.response_field)
-    fits, *_ = usable(examples, tokenizer, cfg.ctx, 0, cfg.response_field)
+    fits, prompts, completions = usable(examples, tokenizer, cfg.ctx, 0, cfg.response_field)
+    longest = (prompts + completions).max()
+    if longest > cfg.micro:
+        raise UserError(f"--micro {cfg.micro}: the longest prompt with its completion takes {longest} tokens")
     documents = examples.documents[fits]
     first = (np.diff(documents, prepend=0) != 0) | (documents == 0)  # another document than before, or none
     return examples, np.split(fits, np.flatnonzero(first)[1:])
@@ -76,32 +80,35 @@ def main(cfg):
     if this.finished:
         return
     model, tokenizer = load_student(this.source, device)
+    check_context(cfg.ctx, model.config)
     examples, runs = load_demonstrations(cfg, tokenizer)
+    needed = plan(model, cfg, device)
     this.begin(model, tokenizer, adamw(model, cfg.lr, cfg.weight_decay))
+    if rank() == 0:
+        print(needed, file=sys.stderr)
 
     for step in this.steps():
         began = time.time()
         chosen = [runs[i] for i in data_order(len(runs), cfg.batch, step, cfg.seed)]
         batch = [shared_document([encode(examples[i], tokenizer, cfg.response_field) for i in run]) for run in chosen]
-        sizes = [len(prefix) + sum(map(len, branches)) for prefix, branches, _ in batch]
+        sizes = [(len(prefix), list(map(len, branches))) for prefix, branches, _ in batch]
         count = sum(len(b) - skip for _, branches, silent in batch for b, skip in zip(branches, silent))
-        ids = lambda part: [examples[i].get("id") for b in part for i in chosen[b]]
         sums, suspects = dict(loss=0.0), []
-        streams = split_by_size(range(cfg.batch), sizes, cfg.micro)
-        for part in my_streams(streams, [sum(sizes[i] for i in part) for part in streams]):
-            pack = Pack.build([batch[i][:2] for i in part], device, [batch[i][2] for i in part])
+        for part in my_streams(sizes, cfg.micro):
+            pack = Pack.build([(batch[g][0], [batch[g][1][i] for i in members]) for g, members in part], device,
+                              silent=[[batch[g][2][i] for i in members] for g, members in part])
             hidden = model(pack)[pack.rows]                                                          # [N, D]
             loss, _ = token_loss(lambda stats, rows: sft_loss(stats.logp, count),
                                  hidden, model.head_weight, pack.targets, vocab=model.n_vocab)
             loss.backward()
             sums["loss"] += loss.item()
             if not math.isfinite(loss.item()):
-                suspects += ids(part)
+                suspects += [examples[chosen[g][i]].get("id") for g, members in part for i in members]
         loss = add_up(sums)["loss"]
-        updated = this.update(loss, suspects, ids(range(cfg.batch)))
-        seconds = time.time() - began
-        this.log(dict(loss=loss, **updated, examples=sum(len(b) for _, b, _ in batch), target_tokens=count,
-                      tokens=sum(sizes), tokens_per_second=sum(sizes) / seconds, seconds=seconds))
+        updated = this.update(loss, suspects, [examples[i].get("id") for run in chosen for i in run])
+        seconds, tokens = time.time() - began, sum(P + sum(lengths) for P, lengths in sizes)
+        this.log(dict(loss=loss, **updated, examples=sum(len(b) for _, b, _ in batch), target_tokens=count, tokens=tokens,
+                      trained_per_second=tokens / seconds, seconds=seconds))
         this.bar.set_postfix_str(f"loss {loss:.3f}")
     this.finish()
 

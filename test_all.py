@@ -8,8 +8,8 @@ Oracles are written the slow and obvious way: a whole forward pass per token, a 
 expectation, fp64. Where others have defined what right is, transformers==5.23.0, tokenizers and trl==1.16.0 are asked.
 Without a GPU the Triton kernels run in Triton's interpreter, from the same source.
 """
-import ast, base64, copy, importlib.util, itertools, json, math, os, random, re, resource, runpy, shutil, signal, statistics
-import subprocess, sys, tempfile, time, unicodedata
+import ast, base64, copy, dataclasses, importlib.util, inspect, itertools, json, math, os, random, re, resource, runpy, shutil
+import signal, statistics, subprocess, sys, tempfile, time, unicodedata, weakref
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import grpo, kernels, model, opd, recipe, rollout, sft
 from kernels import naive_stats, token_loss, token_stats
-from model import (QWEN_PATTERN, Config, Pack, Tokenizer, UserError, byte_alphabet, load, new_model, save, split_by_size,
+from model import (QWEN_PATTERN, Config, Pack, Tokenizer, UserError, byte_alphabet, load, new_model, save, split_groups,
                    tiny_tokenizer)
 from rollout import Completion, generate, score
 
@@ -508,11 +508,181 @@ def test_an_empty_prompt_is_refused():
         Pack.build([([], [[1, 2]])])
 
 
-def test_streams_keep_the_order_and_never_exceed_the_limit():
-    items, sizes = list(range(9)), [3, 3, 5, 12, 1, 1, 9, 2, 8]
-    parts = split_by_size(items, sizes, 10)
-    assert parts == [[0, 1], [2], [3], [4, 5], [6], [7, 8]]     # the item of 12 stands alone
-    assert split_by_size([], [], 10) == []
+def test_streams_keep_the_order_and_hold_whole_groups():
+    groups = [(1, [1, 1]), (2, [1]), (1, [2, 2]), (3, [3, 3, 3, 1]), (1, []), (1, [0]), (2, [7, 1])]
+    assert split_groups(groups, 10) == [
+        [(0, [0, 1]), (1, [0])], [(2, [0, 1])],         # of 3 + 3, then 5 tokens
+        [(3, [0, 1])], [(3, [2, 3]), (5, [0])],         # 13 tokens: cut, both parts repeat the prompt
+        [(6, [0, 1])]]                                  # a group without completions is nobody's
+    assert split_groups(groups, 9)[-2:] == [[(6, [0])], [(6, [1])]] and split_groups([], 10) == []
+    with pytest.raises(UserError, match="--micro 8: a prompt of 2 tokens with a completion of 7 needs 9"):
+        split_groups(groups, 8)
+
+
+def test_no_stream_exceeds_the_limit_and_nothing_is_lost():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        groups = [(int(rng.integers(1, 9)), rng.integers(0, 9, rng.integers(1, 6)).tolist()) for _ in range(5)]
+        streams = split_groups(groups, 20)
+        assert all(sum(groups[g][0] + sum(groups[g][1][i] for i in part) for g, part in s) <= 20 for s in streams)
+        assert [(g, i) for s in streams for g, part in s for i in part] == [
+            (g, i) for g, (_, lengths) in enumerate(groups) for i in range(len(lengths))]
+        for g, (P, lengths) in enumerate(groups):       # cut only if too long for one stream
+            assert (sum(g == h for s in streams for h, _ in s) > 1) == (P + sum(lengths) > 20)
+
+
+def attention_and_gradients(attend, pack, dtype):
+    """Output and gradients of an attention over random q, k and v with 4 query heads on 2 key heads."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, up = (torch.randn(len(pack.tokens), heads, 8, dtype=dtype, generator=generator) for heads in (4, 2, 2, 4))
+    out = attend(*(x.requires_grad_() for x in (q, k, v)))
+    return [out, *torch.autograd.grad(out, (q, k, v), up)]
+
+
+def slow_varlen(q, k, v, q_ends, k_ends, max_q, max_k, return_aux=None, window_size=(-1, -1), enable_gqa=False):
+    """Variable-length attention by one mask over all rows, from the piece that each row lies in; lse [H, n]."""
+    assert return_aux.lse and max_q == q_ends.diff().max() and max_k == k_ends.diff().max() and enable_gqa
+    assert q_ends[-1] == len(q) and k_ends[-1] == len(k) == len(v)
+    p, lse = slow_scores(q, k, q_ends, k_ends, window_size == (-1, 0))
+    return torch.einsum("hnm,mhc->nhc", (p - lse[..., None]).exp(), v.repeat_interleave(2, 1)), lse
+
+
+def slow_scores(q, k, q_ends, k_ends, causal):
+    piece_q, piece_k = (torch.searchsorted(ends, torch.arange(int(ends[-1])), right=True) for ends in (q_ends, k_ends))
+    seen = piece_q[:, None] == piece_k
+    if causal:
+        seen = seen.tril(len(k) - len(q))
+    scores = torch.einsum("nhc,mhc->hnm", q, k.repeat_interleave(2, 1)) / math.sqrt(q.shape[-1])
+    scores = scores.masked_fill(~seen, -math.inf)
+    return scores, scores.logsumexp(-1)
+
+
+def slow_varlen_backward(dout, q, k, v, out, lse, q_ends, k_ends, max_q, max_k, causal, rng_state, scale, window):
+    """d q, d k, d v from given out and lse, by the formula written out."""
+    assert window == [-1, 0 if causal else -1] and scale is None
+    p = (slow_scores(q, k, q_ends, k_ends, causal)[0] - lse[..., None]).exp()                      # [H, n, m]
+    dp = torch.einsum("nhc,mhc->hnm", dout, v.repeat_interleave(2, 1)) - (dout * out).sum(-1).T[..., None]
+    ds = p * dp / math.sqrt(q.shape[-1])
+    dq = torch.einsum("hnm,mhc->nhc", ds, k.repeat_interleave(2, 1))
+    dk, dv = torch.einsum("hnm,nhc->mhc", ds, q), torch.einsum("hnm,nhc->mhc", p, dout)
+    return dq, *(x.unflatten(1, (2, 2)).sum(2) for x in (dk, dv))
+
+
+@pytest.mark.parametrize("device", ["cpu", "varlen"])
+@pytest.mark.parametrize("groups", [RAGGED, RAGGED[:1], RAGGED[1:2], RAGGED[3:], [(2, [0]), (3, [])]], ids=str)
+def test_two_flash_calls_are_exactly_the_attention_piece_by_piece(groups, device, monkeypatch):
+    pack = Pack.build([([1] * P, [[1] * R for R in lengths]) for P, lengths in groups])
+    wanted = attention_and_gradients(lambda *x: model.plain_attention(pack, *x), pack, torch.float64)
+    if device == "varlen":      # the calls that a GPU gets, answered by the slow ones above
+        monkeypatch.setattr(model, "takes_varlen", lambda q: True)
+        monkeypatch.setattr(model, "varlen_attn", slow_varlen)
+        monkeypatch.setattr(model, "varlen_attn_backward", slow_varlen_backward)
+    found = attention_and_gradients(lambda *x: pack.attend(0, *x), pack, torch.float64)
+    for a, b in zip(found, wanted):
+        close(a, b, 1e-12)
+
+
+def test_packed_attention_in_bf16_is_as_close_as_piece_by_piece():
+    pack = Pack.build([([1] * 40, [[1] * 20] * 8)])
+    true = attention_and_gradients(lambda *x: model.plain_attention(pack, *x), pack, torch.float64)
+    ours, plain = (attention_and_gradients(f, pack, torch.bfloat16) for f in (
+        lambda *x: pack.attend(0, *x), lambda *x: model.plain_attention(pack, *x)))
+    for exact, a, b in zip(true, ours, plain):
+        assert (a.double() - exact).norm() <= 1.2 * (b.double() - exact).norm() > 0
+
+
+# --------------------------------------------------------------------------------------------------------- model: memory
+
+def whole_gradient(student, batch):
+    pack = Pack.build(batch)
+    loss, _ = token_loss(lambda stats, rows: -stats.logp.sum(), student(pack)[pack.rows], student.head_weight, pack.targets)
+    return gradients(student, loss)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_gradient_checkpointing_changes_no_bit(dtype):
+    student = tiny_model()
+    student.compute_dtype = dtype
+    plain = whole_gradient(student, ragged_batch())
+    calls, attend = [], Pack.attend
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pack, "attend", lambda self, layer, *x: calls.append(layer) or attend(self, layer, *x))
+        student.checkpointing = True
+        assert torch.equal(whole_gradient(student, ragged_batch()), plain)
+    assert calls == [0, 1, 1, 0]                            # each layer once more, backwards
+    with torch.no_grad():
+        assert torch.equal(student(Pack.build(ragged_batch())), student(Pack.build(ragged_batch())).detach())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_mlp_in_chunks_of_rows_has_the_same_gradient(checkpointing, monkeypatch):
+    student, seen, forward = tiny_model(), [], model.MLP.forward
+    whole = whole_gradient(student, ragged_batch())
+    monkeypatch.setattr(model, "MLP_CHUNK", 5 * 64)         # 5 rows
+    monkeypatch.setattr(model.MLP, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
+    student.checkpointing = checkpointing
+    close(whole_gradient(student, ragged_batch()), whole)
+    assert max(seen) == 5
+
+
+def test_the_norms_gradient_is_that_of_autograd():
+    torch.manual_seed(0)
+    norm, x, dy = model.RMSNorm(16, 1e-6), torch.randn(5, 3, 16, requires_grad=True), torch.randn(5, 3, 16)
+    torch.nn.init.normal_(norm.weight)
+    wanted = torch.autograd.grad(norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6),
+                                 (x, norm.weight), dy)
+    for a, b in zip(torch.autograd.grad(norm(x), (x, norm.weight), dy), wanted):
+        close(a, b, 1e-6)
+
+
+class Alive(torch.utils._python_dispatch.TorchDispatchMode):
+    """Bytes of the tensors that operations returned and somebody still holds: now, and at most."""
+    def __init__(self):
+        super().__init__()
+        self.held, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor) and id(x.untyped_storage()) not in self.held:
+                storage = x.untyped_storage()
+                self.held[id(storage)] = storage.nbytes()
+                weakref.finalize(storage, self.release, id(storage))
+                self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def release(self, key):
+        self.now -= self.held.pop(key)
+
+
+def peak_of_a_step(student, batch):
+    with Alive() as meter:
+        pack = Pack.build(batch)
+        loss, _ = token_loss(lambda stats, rows: -stats.logp.sum(), student(pack)[pack.rows], student.head_weight,
+                             pack.targets)
+        loss.backward()
+    student.zero_grad()
+    return meter.peak, pack
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("P", [500, 4000])
+def test_the_formula_of_memory_lies_within_a_quarter_of_the_measured_peak(P, checkpointing):
+    config = Config(1000, 64, 192, 6, 4, 2, 16)
+    student, batch = new_model(config, 0), [([1] * P, [[1] * 50] * 4)]
+    student.checkpointing = checkpointing
+    peak, pack = peak_of_a_step(student, batch)
+    parts = model.memory_needed(config, len(pack.tokens), 200, checkpointing=checkpointing)["update"]
+    need = sum(parts.values()) - parts["weights and optimizer"]
+    assert 1 / 1.25 < need / peak < 1.25
+
+
+def test_a_shared_prompt_takes_a_third_of_the_memory_of_repeated_ones():
+    student, prompt, completions = new_model(Config(1000, 64, 192, 4, 4, 2, 16), 0), [1] * 512, [[1] * 16] * 8
+    shared, _ = peak_of_a_step(student, [(prompt, completions)])
+    repeated, _ = peak_of_a_step(student, [(prompt, [c]) for c in completions])
+    assert 3 * shared < repeated
 
 
 # -------------------------------------------------------------------------------------- real checkpoints: weights
@@ -1371,8 +1541,8 @@ def test_greedy_completions_are_those_of_transformers(tmp_path, family):
 
 
 def test_the_recipe_runs_on_checkpoints_of_another_family_and_width(tmp_path):
-    hf_checkpoint(tmp_path / "student", "qwen3", torch.bfloat16, max_position_embeddings=1024)
-    hf_checkpoint(tmp_path / "teacher", "llama", hidden_size=48, max_position_embeddings=1024)
+    hf_checkpoint(tmp_path / "student", "qwen3", torch.bfloat16, max_position_embeddings=4096)
+    hf_checkpoint(tmp_path / "teacher", "llama", hidden_size=48, max_position_embeddings=4096)
     cfg = recipe.Config(out=str(tmp_path / "out"), student=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"),
                         train_len=512, test_len=2048, sft_steps=1, rl_steps=1, batch=2, group=2, max_new=4, test_n=1,
                         **dict(user_files(tmp_path), test_data=write_lines(tmp_path / "test.jsonl", [QUESTION] * 2)))
@@ -2030,7 +2200,7 @@ def judge(monkeypatch):
         said = (next((v for k, v in state.says.items() if f'"answer": "{k}"' in TOKENIZER.decode(p)), "0") for p in prompts)
         return [[Completion(TOKENIZER.completion(text), [], True)] for text in said]
 
-    config = SimpleNamespace(max_position_embeddings=4000)
+    config = SimpleNamespace(max_position_embeddings=4000, rope_scaling=None)
     monkeypatch.setattr(rollout, "load", lambda *_: (SimpleNamespace(config=config), TOKENIZER))
     monkeypatch.setattr(rollout, "generate", scripted)
     state.judge = rollout.load_judge("judge", torch.device("cpu"))
@@ -2666,16 +2836,70 @@ def test_one_step_of_sft_is_the_mean_over_the_batchs_target_tokens(world, tmp_pa
 @pytest.mark.parametrize("stage, options", [
     (sft, dict(batch=3)), (grpo, dict(aggregate="sequence")), (grpo, dict(aggregate="token", ratio="cispo")),
     (grpo, dict(aggregate="constant", ratio="sequence")), (grpo, dict(mask_truncated=True, kl="forward")),
-    (opd, dict(lam=0.5)), (opd, dict(kl="k1")), (opd, dict(kl="jsd", top_k=5))], ids=str)
-def test_any_micro_gives_the_same_step(stage, options, world, tmp_path, monkeypatch):
+    (grpo, dict(kl="k2", tis=1.5)), (grpo, dict(kl="k1", drop_equal=True)),
+    (opd, dict(lam=0.5, group=8)), (opd, dict(kl="k1")), (opd, dict(kl="jsd", top_k=5))], ids=str)
+def test_any_micro_gives_the_same_step_even_one_that_cuts_groups(stage, options, world, tmp_path, monkeypatch):
     options = options | (dict(teacher=world.teacher) if stage is grpo else {})
     whole, row = step(stage, world, tmp_path / "whole", monkeypatch, **options)
-    packs, build = [], Pack.build
-    monkeypatch.setattr(stage.Pack, "build", staticmethod(lambda *a, **k: packs.append(1) or build(*a, **k)))
-    split, split_row = step(stage, world, tmp_path / "split", monkeypatch, micro=110, **options)
-    assert len(packs) >= 2
-    close(split, whole, 1e-4)
-    assert split_row["loss"] == pytest.approx(row["loss"], rel=1e-5, abs=1e-7)
+    streams = []
+    monkeypatch.setattr(model, "split_groups", lambda *a: streams.append(split_groups(*a)) or streams[-1])
+    written = stage is sft or options.get("lam")            # else the largest completions have max_new = 6 tokens
+    longest = max(len(TOKENIZER.chat(rollout.prompt_messages(e)))
+                  + max(6, len(TOKENIZER.completion(e["response"])) if written else 0) for e in EXAMPLES)
+    for micro, cuts in (longest, True), (130, False):
+        split, split_row = step(stage, world, tmp_path / str(micro), monkeypatch, micro=micro, **options)
+        groups = [g for stream in streams[-1] for g, _ in stream]
+        assert len(streams[-1]) >= 2 and (len(groups) > len(set(groups))) == cuts
+        close(split, whole, 1e-4)
+        assert split_row["loss"] == pytest.approx(row["loss"], rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("stage, options", [(grpo, dict()), (grpo, dict(kl="k1")), (opd, dict())], ids=str)
+def test_a_teacher_in_cpu_memory_is_lent_to_the_device_while_it_reads(stage, options, world, tmp_path, monkeypatch):
+    options = options | dict(teacher=world.teacher, micro=120)
+    beside, _ = step(stage, world, tmp_path / "beside", monkeypatch, **options)
+    inside, read, lend, forward = [], [], stage.on_device, model.Transformer.forward
+
+    @contextmanager
+    def lend_and_spoil(teacher, device):
+        with lend(teacher, device):
+            inside.append(teacher)
+            yield
+        inside.pop()
+
+    def watched(self, pack, cache=None):
+        if self.config.hidden_size == 48:                   # the teacher
+            read.append(inside == [self])
+        return forward(self, pack, cache)
+
+    monkeypatch.setattr(stage, "on_device", lend_and_spoil)
+    monkeypatch.setattr(model.Transformer, "forward", watched)
+    lent, _ = step(stage, world, tmp_path / "lent", monkeypatch, teacher_offload=True, **options)
+    assert torch.equal(beside, lent) and len(read) >= 2 and all(read)
+
+
+def test_lent_weights_return_and_a_head_taken_meanwhile_stays():
+    teacher = tiny_model().requires_grad_(False)
+    home, head = [p.data_ptr() for p in teacher.parameters()], teacher.head_weight.clone()
+    with pytest.raises(RuntimeError, match="in use"), model.on_device(teacher, torch.bfloat16):
+        lent = teacher.head_weight.detach()
+        assert not {p.data_ptr() for p in teacher.parameters()} & set(home)     # a dtype stands for another device
+        assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16} and lent.dtype == torch.bfloat16
+        raise RuntimeError("in use")
+    assert [p.data_ptr() for p in teacher.parameters()] == home and torch.equal(lent, head.bfloat16())
+    with model.on_device(None, torch.device("cpu")):
+        pass                                                # no teacher, nothing to lend
+
+
+@pytest.mark.parametrize("teacher", ["ref", "self"])
+def test_a_kl_of_weight_0_costs_no_teacher(teacher, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "load_teacher", None)
+    loaded, load_student = [], grpo.load_student
+    monkeypatch.setattr(grpo, "load_student", lambda *a: loaded.append(a) or load_student(*a))
+    for kl in "reverse", "k2":
+        row = step(grpo, world, tmp_path / kl, monkeypatch, teacher=teacher, beta=0.0, kl=kl)[1]
+        assert row["kl"] == 0 and row["grad_norm"] > 0
+    assert len(loaded) == 2                                 # the student of each run, and nothing else
 
 
 def test_groups_of_equal_rewards_do_not_move_the_policy(world, tmp_path, monkeypatch):
@@ -3315,7 +3539,10 @@ from collections import Counter
 
 job, out, world = sys.argv[1:4]
 rank = int(os.environ.get("RANK", 0))
-grpo.rewards_of = rollout.rewards_of = lambda examples, texts, *_, guard=0: ([sum(t.encode()) % 7 / 6 for t in texts], Counter())
+def pseudo_rewards(examples, texts, *_, guard=None):
+    return [sum((e["question"] + text).encode()) % 7 / 6 for e, text in zip(examples, texts)], Counter()
+
+grpo.rewards_of = rollout.rewards_of = pseudo_rewards
 stages = dict(data=world + "/data.jsonl", ctx=256, batch=3, steps=5, lr=0.01, save_every=2)
 sampled = dict(stages, model=world + "/student", teacher=world + "/teacher", group=3, max_new=6)
 
@@ -3640,6 +3867,10 @@ def test_a_checkpoint_without_a_chat_template_is_refused_for_training(world, tmp
     (grpo, dict(updates=0), "--updates 0"),
     (grpo, dict(schedule="x"), "--schedule x"), (grpo, dict(temperature=0.0), "--temperature 0"),
     (opd, dict(group=0), "--group 0"), (opd, dict(batch=0), "--batch 0"), (opd, dict(micro=9), "--micro 9"),
+    (sft, dict(micro=9), "--micro 9: the longest prompt with its completion takes [0-9]+ tokens"),
+    (grpo, dict(micro=100, max_new=99), "--micro 100: the longest prompt with one completion can take 1[0-9]+ tokens"),
+    (sft, dict(ctx=5000), "--ctx 5000: a model here knows 4096 positions"), (opd, dict(ctx=4097), "--ctx 4097"),
+    (grpo, dict(ctx=5000), "--ctx 5000"),
     (opd, dict(kl="k1", lam=0.5), "--kl k1"), (opd, dict(kl="k3"), "--kl k3"), (opd, dict(lam=2.0), "--lam"),
     (opd, dict(top_k=10**6), "--top-k 1000000"), (opd, dict(kl="jsd", jsd_weight=1.0), "--jsd-weight 1"),
     (recipe, dict(group=1), "--group 1"), (recipe, dict(micro=99), "--micro 99"),
@@ -3649,6 +3880,49 @@ def test_a_checkpoint_without_a_chat_template_is_refused_for_training(world, tmp
     (recipe, dict(student="a", teacher="b"), "a has no tokenizer.json")], ids=str)
 def test_an_impossible_flag_is_named_before_anything_is_written(stage, options, match, world, tmp_path):
     refuse(stage, tmp_path / "out", match, **({} if stage is recipe else files(world, stage)) | options)
+
+
+def test_a_run_that_cannot_fit_is_refused_with_its_numbers(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "available_memory", lambda *a: 3e6)
+    for stage, flags in (sft, "--micro 8192, --ctx 256"), (grpo, "--micro 16384, --ctx 256, --group 8"):
+        match = rf"this needs about [0-9]+ MB of 3 MB.*: lower {flags}"
+        refuse(stage, tmp_path / "out", match, **files(world, stage))
+
+
+def test_checkpointing_starts_where_memory_ends_and_changes_no_weight(world, tmp_path, monkeypatch, capsys):
+    plain, _ = step(sft, world, tmp_path / "plain", monkeypatch, batch=3)
+    assert re.search(r"this needs about [0-9]+ MB of [0-9.]+ GB$", capsys.readouterr().err, re.M)
+    config = load(world.student)[0].config
+    needs = [sum(model.memory_needed(config, 8192, 8192, checkpointing=c)["update"].values()) for c in (False, True)]
+    assert needs[1] < 0.8 * needs[0]
+    monkeypatch.setattr(model, "available_memory", lambda *a: sum(needs) / 2 / 0.9)
+    tight, _ = step(sft, world, tmp_path / "tight", monkeypatch, batch=3)
+    assert torch.equal(plain, tight) and "with gradient checkpointing" in capsys.readouterr().err
+
+
+def test_the_planner_knows_the_papers_setting_and_the_sampler():
+    assert inspect.signature(generate).parameters["kv_tokens"].default == \
+        inspect.signature(model.plan).parameters["kv_tokens"].default
+    student = Config(151936, 2048, 6144, 28, 16, 8, 128)
+    teacher = Config(151936, 5120, 25600, 64, 64, 8, 128, tie_word_embeddings=False)
+    assert model.n_parameters(student) == 1_720_574_976 and model.n_parameters(teacher) == 32_762_123_264
+    sizes = dict(stream=139_264, rows=8192, kind="cuda", checkpointing=True, teacher=teacher, scored=8192, slots=8,
+                 cached=139_264)
+    beside, away = (model.memory_needed(student, **sizes, offload=offload) for offload in (False, True))
+    total = {phase: sum(parts.values()) for phase, parts in beside.items()}
+    assert max(total.values()) < 130e9                                              # an H200 has 139 GiB
+    assert sum(away["update"].values()) < 0.5 * total["update"]
+    assert beside["sampling"]["cache"] == 139_264 * 112 * 1024                      # 112 KiB a token
+
+
+def test_a_stretched_rope_stretches_the_context():
+    config = Config(12, 32, 64, 2, 4, 2, 8, max_position_embeddings=40960)
+    assert model.longest_context(config) == 40960
+    yarn = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32768)
+    assert model.longest_context(dataclasses.replace(config, rope_scaling=yarn)) == 131072
+    llama = dict(rope_type="llama3", factor=8.0, original_max_position_embeddings=8192)
+    stretched = dataclasses.replace(config, max_position_embeddings=131072, rope_scaling=llama)
+    assert model.longest_context(stretched) == 131072
 
 
 def test_out_is_never_overwritten_by_another_configuration(world, tmp_path):
