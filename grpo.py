@@ -201,10 +201,9 @@ def main(cfg):
     if longest > cfg.micro:
         raise UserError(f"--micro {cfg.micro}: the longest prompt with one completion can take {longest} tokens")
     teacher = None
-    if cfg.teacher in ("ref", "self") and cfg.beta:
-        teacher = load_student(cfg.model, device)[0].requires_grad_(False)
-    elif cfg.teacher and cfg.beta:
-        teacher = load_teacher(cfg.teacher, device, tokenizer, cfg.teacher_offload)
+    if cfg.teacher and cfg.beta:
+        anchor = cfg.model if cfg.teacher in ("ref", "self") else cfg.teacher
+        teacher = load_teacher(anchor, device, tokenizer, cfg.teacher_offload)
     check_context(cfg.ctx, *(m.config for m in (model, teacher) if m is not None))
     needed = plan(model, cfg, device, teacher)
     judge = load_judge(cfg.judge, device) if cfg.judge else None

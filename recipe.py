@@ -73,7 +73,7 @@ class Config:
     seed: int = 0                   # data, weights and sampling
     save_every: int = 20            # steps between checkpoints to go on from
     resume: bool = True             # go on where a run in --out stopped; arms that are done are not trained again
-    plot: str = ""                  # draw the metrics.jsonl files below this directory into its metrics.png, and stop
+    plot: str = ""                  # draw the metrics below this directory, or the lines of rollout.py --bench, and stop
 
 
 # --------------------------------------------------------------------------------------------------------------------- tasks
@@ -603,14 +603,42 @@ PANELS = ["reward", "loss", "kl", "entropy", "length", "truncated", "zero_varian
           "memory_gb"]
 
 
-def plot(out):
-    """Draw the metrics.jsonl files below `out` into out/metrics.png: a panel for each quantity, a line for each run."""
+def plot(path):
+    """Draw a directory's metrics (metrics.png in it), or the lines of `rollout.py --bench` (a .png beside the file)."""
     try:
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    figure, path = plot_bench(plt, path) if path.endswith(".jsonl") else plot_metrics(plt, path)
+    figure.savefig(path, dpi=110)
+    print(f"drew {path}")
+
+
+def plot_bench(plt, path):
+    """Time and memory of a training step over the prompt's length, beside what the formulas say."""
+    rows = [row for row in read_rows(path) if row.get("task") == "train" and row["who"] == "ours"]
+    if not rows:
+        raise UserError(f"--plot {path}: no training rows of `rollout.py --bench` in it")
+    rows.sort(key=lambda row: row["P"])
+    x, last = [row["P"] / 1024 for row in rows], rows[-1]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    times = [row["flops"] * last["seconds"] / last["flops"] for row in rows]
+    for axis, title, found, formula, label in [
+            (axes[0], "time of a training step, s", [row["seconds"] for row in rows], times, "FLOPs, scaled to the last point"),
+            (axes[1], "peak memory beyond the weights, MB", [row["peak_bytes"] / 1e6 for row in rows],
+             [row["planned_bytes"] / 1e6 for row in rows], "formula of the planner")]:
+        axis.loglog(x, found, "o-", color="0", label="measured", base=2)
+        axis.loglog(x, formula, "s--", color="0.5", label=label, base=2, markerfacecolor="none")
+        axis.set(title=title, xlabel="prompt, thousands of tokens", xticks=x, xticklabels=[f"{v:.0f}" for v in x])
+        axis.legend()
+    figure.tight_layout()
+    return figure, path.removesuffix(".jsonl") + ".png"
+
+
+def plot_metrics(plt, out):
+    """A panel for each quantity, a line for each metrics.jsonl below `out`."""
     runs = {os.path.relpath(folder, out): read_rows(os.path.join(folder, "metrics.jsonl"))[1:]
             for folder, _, files in sorted(os.walk(out)) if "metrics.jsonl" in files}
     runs = {name: rows for name, rows in runs.items() if rows and "step" in rows[0]}
@@ -628,9 +656,7 @@ def plot(out):
         axis.axis("off")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="lower right", ncols=3)
     figure.tight_layout()
-    path = os.path.join(out, "metrics.png")
-    figure.savefig(path, dpi=110)
-    print(f"drew {len(runs)} runs into {path}")
+    return figure, os.path.join(out, "metrics.png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------- main
@@ -740,7 +766,7 @@ def main(cfg):
         began_arm = time.time()
         path = arms[arm]()
         seconds = time.time() - began_arm
-        model, tokenizer = load(path, device=device)
+        model, tokenizer = load(path, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
         rows = evaluate(model, tokenizer, test, ctx, cfg.max_new, seed=cfg.seed, progress=f"{'test':8} {arm}", judge=judge,
                         allow_code=cfg.allow_code, **(PAPER_DECODING if cfg.student else {}))
         results[arm] = dict(arm=arm, seed=cfg.seed, **summary(rows, cfg.train_len // 2), n=len(test), steps=cfg.rl_steps, seconds=seconds,

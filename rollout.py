@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from kernels import high_water, matmul, token_loss
-from model import (Pack, Transformer, UserError, adamw, check_flags, file_name, gather, init, load, longest_context, rank, run, share_out,
+from model import (Pack, Transformer, UserError, adamw, check_flags, file_name, gather, init, load, longest_context, memory_needed, rank, run, share_out,
                    world)
 from model import Config as ModelConfig
 
@@ -1071,8 +1071,11 @@ def bench_case(shape, task, sizes, twins, device, dtype, rates):
     prompt, completions, read = costs(model.config, *sizes)
     if task == "train":
         seconds = medians([functions[name] for name in names], device)
-        found = [dict(seconds=s, train_tokens_s=(P + G * R) / s, flop_share=3 * (prompt + completions) / s / matmuls)
-                 for s in seconds]
+        flops = 3 * (prompt + completions)
+        need = memory_needed(model.config, P + G * R, G * R, device.type)["update"]
+        planned = need["gradients"] + need["activations"]  # for ours, as peak_bytes: beyond the weights
+        found = [dict(seconds=s, train_tokens_s=(P + G * R) / s, flops=flops, flop_share=flops / s / matmuls,
+                      planned_bytes=planned) for s in seconds]
     else:
         first, whole = (medians([partial(functions[name], new) for name in names], device) for new in (1, R))
         found = [dict(seconds=w, prefill_tokens_s=P / f, flop_share=prompt / f / matmuls,
