@@ -205,8 +205,8 @@ def main(cfg):
         anchor = cfg.model if cfg.teacher in ("ref", "self") else cfg.teacher
         teacher = load_teacher(anchor, device, tokenizer, cfg.teacher_offload)
     check_context(cfg.ctx, *(m.config for m in (model, teacher) if m is not None))
-    needed = plan(model, cfg, device, teacher)
     judge = load_judge(cfg.judge, device) if cfg.judge else None
+    needed = plan(model, cfg, device, teacher)
     this.begin(model, tokenizer, adamw(model, cfg.lr))
     if rank() == 0:
         print(needed, file=sys.stderr)
@@ -276,8 +276,10 @@ def main(cfg):
                     if update == 0:
                         s.logp_first = stats.logp.detach()
                     real = s.weight > 0                          # masked completions stay out of the means
-                    rho = log_ratios(stats.logp, s.logp_old, cfg.ratio, s.pack.seq).exp()
-                    too_high, too_low = (rho > 1 + cfg.eps_high) & (s.advantage > 0), (rho < 1 - cfg.eps_low) & (s.advantage < 0)
+                    old = s.logp_first if cfg.tis else s.logp_old
+                    rho = log_ratios(stats.logp, old, cfg.ratio, s.pack.seq).exp()
+                    too_high = (rho > 1 + cfg.eps_high) & ((s.advantage > 0) | (cfg.ratio == "cispo"))
+                    too_low = (rho < 1 - cfg.eps_low) & (s.advantage < 0) & (cfg.ratio != "cispo")
                     difference = (s.logp_first - s.logp_old).abs()[real]
                     kl = stats.kl if s.logp_teacher is None else stats.logp - s.logp_teacher
                     sums["loss"] += loss.item()

@@ -561,8 +561,12 @@ def high_water(device: str) -> int:
     """The most bytes held so far: on CUDA since the last reset, on the CPU since the program began."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    import resource         # not on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    try:                    # getrusage's would, after an exec, still count what the process was before
+        with open("/proc/self/status") as f:
+            return int(re.search(r"VmHWM:\s*(\d+) kB", f.read())[1]) * 1024
+    except FileNotFoundError:
+        import resource     # not on Windows
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 def contenders(device: str) -> list[tuple]:
     """(name, its loss function, the loss from the five tensors of `example`), the thriftiest first."""

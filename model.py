@@ -14,7 +14,7 @@ Letters used in all files:
     T tokens in a stream        P prompt tokens        G completions of one prompt       R completion tokens
     N rows that carry loss      D hidden size          H / K query / key-value heads     C head size      V vocabulary
 """
-import argparse, dataclasses, datetime, fcntl, functools, inspect, itertools, json, math, os, re, resource, shutil, signal, sys
+import argparse, dataclasses, datetime, fcntl, functools, inspect, itertools, json, math, os, re, shutil, signal, sys
 import time, unicodedata
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ from torch.nn.attention.varlen import AuxRequest, varlen_attn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from kernels import CHUNK_BYTES
+from kernels import CHUNK_BYTES, high_water
 
 
 class UserError(ValueError):
@@ -1188,7 +1188,10 @@ def whole(model):
         copy = Transformer(model.config)
     copy.n_vocab = model.n_vocab
     copy.load_state_dict({name: full(p.detach().to(dtype)) for name, p in model.named_parameters()}, assign=True)
-    yield copy
+    try:
+        yield copy
+    finally:
+        copy.to("meta")  # the caller's name for it lives on, its memory must not
 
 
 def load_student(path, device):
@@ -1259,6 +1262,9 @@ def memory_needed(config, stream, rows, kind="cpu", checkpointing=False, teacher
         heads = (teacher.num_attention_heads + teacher.num_key_value_heads) * teacher.head_dim
         weights, waiting = {"teacher": t * b / world}, {"teacher's hidden states": scored * Dt * b}
         It = min(teacher.intermediate_size, MLP_CHUNK / stream)
+        if world > 1:  # two layers, and from the first pass on embedding and head
+            whole = 2 * b * teacher.vocab_size * Dt
+            scoring["teacher gathered"], update["teacher gathered"] = whole + 2 * b * t / teacher.num_hidden_layers, whole
         scoring |= weights | waiting | {"teacher's pass": stream * b * (4 * Dt + 4 * heads + 3 * It)}
         update |= waiting | ({"teacher's head": teacher.vocab_size * Dt * b} if offload else weights)
         sampling |= {} if offload else weights
@@ -1272,9 +1278,10 @@ def read_text(path):
 
 def available_memory(device, models=()):
     """Bytes that a run may use on `device`, with those that `models` hold there already; inf where nobody can tell."""
+    held = sum(own_part(p).nbytes for m in models for p in m.parameters() if p.device.type == device.type)
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    held = sum(own_part(p).nbytes for m in models for p in m.parameters() if p.device.type == "cpu")
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused + held
     limits = []
     try:
         limits.append(int(re.search(r"MemAvailable:\s+(\d+) kB", read_text("/proc/meminfo"))[1]) * 1024)
@@ -1282,7 +1289,7 @@ def available_memory(device, models=()):
         limits.append(int(limit) - int(used) + int(re.search(r"^file (\d+)", stat, re.M)[1]))  # a container's; cached files go
     except (OSError, TypeError, ValueError):  # not Linux, or no limit ("max")
         pass
-    return min(limits, default=math.inf) + held
+    return min(limits, default=math.inf) / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + held  # ranks share a machine
 
 
 def plan(model, cfg, device, teacher=None, kv_tokens=2**18):
@@ -1368,14 +1375,6 @@ def lr_at(step, cfg):
     return cfg.lr * warm
 
 
-def peak_memory():
-    """Most memory taken so far in GB: on the GPU if there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
 class Log:
     """metrics.jsonl of a directory that one run at a time may use: what was run, then rows. Rank 0 writes."""
 
@@ -1401,17 +1400,20 @@ class Log:
             raise UserError(f"{cfg.out} holds a run of another configuration ({'; '.join(changed)}): choose another --out, "
                             "or delete it")
 
-    def begin(self, keep):
-        """Lock the directory and open the file, with the rows of before for which keep(row)."""
+    def begin(self, keep, remove=()):
+        """Lock the directory, remove those files of before, and open the log with those of its rows for which keep(row)."""
         if rank() > 0:
             return
         with writing(self.cfg.out):
             os.makedirs(self.cfg.out, exist_ok=True)
             self.lock = open(os.path.join(self.cfg.out, ".lock"), "w")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go by the system when the process ends, however it ends
-        except OSError:
-            raise UserError(f"another run is writing to {self.cfg.out}: choose another --out, or wait") from None
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
+            except BlockingIOError:
+                raise UserError(f"another run is writing to {self.cfg.out}: choose another --out, or wait") from None
+            for path in [os.path.join(self.cfg.out, name) for name in remove]:
+                if os.path.exists(path):
+                    os.remove(path)
         head = dict(what=self.what, command=sys.argv, config=self.config, torch=torch.__version__, numpy=np.__version__,
                     python=sys.version.split()[0], device=torch.cuda.get_device_name() if torch.cuda.is_available()
                     else f"cpu, {torch.get_num_threads()} threads", world=world(), time=time.strftime("%Y-%m-%d %H:%M:%S"))
@@ -1429,8 +1431,8 @@ class Log:
     def close(self):
         if rank() == 0:
             self.file.close()
-            self.lock.close()
             os.remove(self.lock.name)
+            self.lock.close()
 
 
 def read_rows(path):
@@ -1449,7 +1451,7 @@ def read_rows(path):
 class Run:
     """A training run in cfg.out: its log, the checkpoints it goes on from, its end by signal or by success.
 
-        run = Run(cfg, "sft")                        looks at cfg.out, and writes nothing yet
+        run = Run(cfg, "sft")                        looks at cfg.out, and takes nothing yet
         if run.finished: return
         model, tokenizer = load_student(run.source, device)
         run.begin(model, tokenizer, optimizer)       from here on the directory is ours
@@ -1476,9 +1478,10 @@ class Run:
         if not self.cfg.resume or not os.path.exists(self.log_file.path):
             return False, None
         if os.path.exists(os.path.join(self.cfg.out, "config.json")):
-            self._prune(None)  # if it was killed between its last two acts
+            with writing(self.cfg.out):
+                self._prune(None)  # if it was killed between its last two acts
             return True, None
-        steps = sorted(name for name in os.listdir(self.cfg.out) if re.fullmatch(r"step-\d{6,}", name))
+        steps = sorted((n for n in os.listdir(self.cfg.out) if re.fullmatch(r"step-\d{6,}", n)), key=lambda n: int(n[5:]))
         return False, os.path.join(self.cfg.out, steps[-1]) if steps else None
 
     def begin(self, model, tokenizer, optimizer):
@@ -1486,22 +1489,29 @@ class Run:
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
         if self.checkpoint:
             self._restore()
-        self._check_disk()
-        self.log_file.begin(keep=lambda row: row.get("step", self.step) < self.step)
+        if rank() == 0 and not self.checkpoint:
+            self._check_disk()
+        self.log_file.begin(keep=lambda row: row.get("step", self.step) < self.step,
+                            remove=() if self.checkpoint else ("config.json", "nonfinite.jsonl"))
         if rank() == 0:
             with writing(self.cfg.out):
                 self._prune(self.checkpoint)
-                for name in ["config.json", "nonfinite.jsonl"] if self.checkpoint is None else []:
-                    if os.path.exists(os.path.join(self.cfg.out, name)):
-                        os.remove(os.path.join(self.cfg.out, name))
+            self._check_disk()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         barrier()
 
     def steps(self):
         """The steps that are left. Between them: checkpoints, and an end if SIGTERM or SIGINT came (twice: at once)."""
-        stop = []
+        stop, since = [], 0.0
 
         def on_signal(number, frame):
-            if number in stop:
+            nonlocal since
+            # a scheduler signals torchrun and us, and torchrun passes its own on: that is one signal, not two
+            if stop and time.monotonic() - since < 0.5:
+                return
+            since = time.monotonic()
+            if stop:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             stop.append(number)
@@ -1546,13 +1556,13 @@ class Run:
                 with writing(self.cfg.out), open(path, "a", encoding="utf-8") as f:
                     f.write(json.dumps(dict(step=self.step, loss=loss, grad_norm=norm, examples=ids)) + "\n")
             if self.skipped == MAX_SKIPPED:
-                raise UserError(f"step {self.step}: loss {loss}, gradient norm {norm}, for the {self.skipped}th time: lower --lr, "
-                                f"or look at the examples named in {path}")
+                raise UserError(f"step {self.step}: loss {loss}, gradient norm {norm}, for the {self.skipped}th time: lower --lr "
+                                f"(with another --out), or look at the examples named in {path}")
         self.optimizer.zero_grad()
         return dict(grad_norm=norm, lr=lr, skipped=self.skipped)
 
     def log(self, row):
-        self.log_file(dict(step=self.step, **row, memory_gb=peak_memory()))
+        self.log_file(dict(step=self.step, **row, memory_gb=high_water(self.model.device.type) / 1e9))
 
     def finish(self):
         save(self.cfg.out, self.model, self.tokenizer)
@@ -1566,7 +1576,8 @@ class Run:
         place = os.path.abspath(self.cfg.out)
         while not os.path.exists(place):
             place = os.path.dirname(place)
-        need, free = 7 * sum(p.numel() * p.element_size() for p in self.model.parameters()), shutil.disk_usage(place).free
+        size = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        need, free = (4 if self.checkpoint else 7) * size, shutil.disk_usage(place).free
         if need > free:
             raise UserError(f"{self.cfg.out}: checkpoints need {need / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free")
 
@@ -1578,50 +1589,56 @@ class Run:
                  for key, value in self.optimizer.state[p].items()}
         write_tensors(new, "optimizer", state)
         if rank() == 0:
-            numbers = dict(step=self.step, skipped=self.skipped, tensors=len(state))
+            numbers = dict(step=self.step, skipped=self.skipped, tensors=sorted(state))
             write_file(os.path.join(new, "state.json"), json.dumps(numbers).encode())
             with writing(new):
                 flush_to_disk(new)
                 os.rename(new, path)
                 flush_to_disk(self.cfg.out)
-            self._prune(path)
+                self._prune(path)
         self.checkpoint = path
         barrier()
 
     def _prune(self, kept):
         """Remove checkpoints and half-written ones, except `kept`."""
-        for name in os.listdir(self.cfg.out):
+        for name in sorted(os.listdir(self.cfg.out), reverse=True):  # step-000020.writing before step-000020
             path = os.path.join(self.cfg.out, name)
-            if path != kept and (name.startswith("step-") or name == ".writing"):
+            if path != kept and re.fullmatch(r"step-\d{6,}(\.writing)?|\.writing", name):
+                if not name.endswith(".writing"):  # half removed it must not look whole
+                    os.rename(path, path + ".writing")
+                    path += ".writing"
                 shutil.rmtree(path)
 
     def _restore(self):
-        if Config.from_dir(self.checkpoint) != Config.from_dir(self.cfg.model):
-            raise UserError(f"{self.checkpoint} was made from a model of another shape than --model {self.cfg.model}: delete it, "
-                            "or use --no-resume")
+        """The optimizer's state and the counts of self.checkpoint, which must be all there and belong to cfg.model."""
+        advice = f"; delete {self.checkpoint} to start anew"
+        texts = [[files.get(name) for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")]
+                 for files in (self.tokenizer.files, Tokenizer.from_dir(self.cfg.model).files)]
+        if Config.from_dir(self.checkpoint) != Config.from_dir(self.cfg.model) or texts[0] != texts[1]:
+            raise UserError(f"{self.checkpoint} was made from another model than --model {self.cfg.model}{advice}")
         numbers = read_json(os.path.join(self.checkpoint, "state.json"))
         self.step, self.skipped, expected = (numbers.get(name) for name in ("step", "skipped", "tensors"))
-        if not all(isinstance(number, int) for number in (self.step, self.skipped, expected)):
-            raise UserError(f"{self.checkpoint}/state.json needs step, skipped and tensors, found {numbers}: delete the "
-                            "directory to start anew")
-        parameters, found = dict(self.model.named_parameters()), 0
-        names = [name for name in os.listdir(self.checkpoint) if re.fullmatch(r"optimizer.*\.safetensors", name)]
-        for file in sorted(os.path.join(self.checkpoint, name) for name in names):
+        if (type(self.step), type(self.skipped), type(expected)) != (int, int, list) or not (
+                self.checkpoint.endswith(f"step-{self.step:06d}") and 0 <= self.skipped < MAX_SKIPPED):
+            raise UserError(f"{self.checkpoint}/state.json does not hold this step's counts: {str(numbers):.200}{advice}")
+        parameters, found = dict(self.model.named_parameters()), []
+        files = [os.path.join(self.checkpoint, name) for name in sorted(os.listdir(self.checkpoint))]
+        for file in (f for f in files if re.search(r"optimizer[^/]*\.safetensors$", f) and os.path.isfile(f)):
             try:
                 with safe_open(file, framework="pt") as f:
                     for entry in f.keys():
                         name, _, key = entry.rpartition(":")
-                        p = parameters[name].detach()
-                        value = torch.zeros_like(p) if f.get_slice(entry).get_shape() else torch.zeros((), device=p.device)
+                        p, shape = parameters[name].detach(), list(f.get_slice(entry).get_shape())
+                        if shape not in ([], list(p.shape)):
+                            raise KeyError(f"{entry} of shape {shape}")
+                        value = torch.zeros_like(p) if shape else torch.zeros((), device=p.device)
                         read_part(f, entry, value)
                         self.optimizer.state[parameters[name]][key] = value
-                        found += 1
+                        found.append(entry)
             except (SafetensorError, OSError, KeyError, RuntimeError) as error:
-                raise UserError(f"{file} is no optimizer state of this model ({error}): delete {self.checkpoint} to start "
-                                "anew") from None
-        if found != expected:
-            raise UserError(f"{self.checkpoint}: {found} of the optimizer's {expected} tensors are there: delete the directory to "
-                            "start anew")
+                raise UserError(f"{file} is no optimizer state of this model ({str(error):.200}){advice}") from None
+        if sorted(found) != expected:
+            raise UserError(f"{self.checkpoint}: of the optimizer's {len(expected)} tensors {len(found)} are there{advice}")
 
 
 # ------------------------------------------------------------------------------------------------------------- command line
@@ -1657,13 +1674,13 @@ def run(main, Config):
     except (UserError, torch.OutOfMemoryError) as error:
         code, text = 2, str(error)
         if isinstance(error, torch.OutOfMemoryError):
-            text = f"out of GPU memory: lower --micro, --max-new or --group, or use more GPUs ({text.splitlines()[0]})"
+            text = f"out of GPU memory: lower --micro, --ctx or --group, or use more GPUs ({text.splitlines()[0]})"
         if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(2)  # if all ranks have the same to say, rank 0 says it, and torchrun ends the others meanwhile
         print(f"error: {text}", file=sys.stderr)
     if dist.is_initialized():  # gloo's threads now and then abort an interpreter that ends in order
         sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
+        os._exit(code if isinstance(code, int) else 1 if code else 0)
     sys.exit(code)
 
 

@@ -23,7 +23,7 @@ stand for the skills that must not be forgotten. --long-data, --short-data and -
     python recipe.py --until sft                                   only what `python grpo.py` and `python opd.py` start from
     python recipe.py --student DIR --teacher DIR --train-len 8192 --test-len 16384      with checkpoints of your own
 """
-import bisect, functools, itertools, json, math, os, string, sys, time
+import bisect, functools, gc, itertools, json, math, os, shutil, string, sys, time
 from collections import Counter
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -547,7 +547,7 @@ def write_data(cfg, tokenizer):
             yield from ([e] for path in paths_of(cfg, "test_data") for e in read_examples(path))
             return
         yield from short_examples(cfg.seed, "test", cfg.test_n * len(SHORT), end)
-        for length in (cfg.train_len // 2, cfg.train_len, cfg.test_len):
+        for length in sorted({cfg.train_len // 2, cfg.train_len, cfg.test_len}):
             yield from documents("test", cfg.test_n, length, len(kinds))
             if cfg.student:
                 yield from documents("test", cfg.test_n * len(RULER), length, 1, list(RULER))
@@ -559,6 +559,8 @@ def write_data(cfg, tokenizer):
         splits["base"] = mix("base", 5000, BASE_LENS, 8, 0.7)
     paths = {name: os.path.join(cfg.out, "data", f"{name}.jsonl") for name in splits}
     for name, lists in splits.items() if rank() == 0 else []:
+        if cfg.resume and os.path.exists(paths[name]):  # whole, and of the same configuration
+            continue
         os.makedirs(os.path.dirname(paths[name]), exist_ok=True)
         with open(paths[name] + ".writing", "w", encoding="utf-8", errors="replace") as f:  # a lone surrogate becomes "?"
             for examples in tqdm(lists, desc=f"{'data':8} {paths[name]}", unit=" documents"):
@@ -594,7 +596,8 @@ def table(results):
     for r in results:
         scores = ["" if r[name] is None else f"{100 * r[name]:.1f} ± {100 * r[name + '_stderr']:.1f}"
                   for name in ("long", "short")]
-        scores += [f"{100 * c['mean']:.0f} ± {100 * c['stderr']:.0f}" for c in r["scores"]]
+        found = {(c["family"], c["length"]): f"{100 * c['mean']:.0f} ± {100 * c['stderr']:.0f}" for c in r["scores"]}
+        scores += [found.get(cell, "") for cell in cells]
         lines.append(f"| {r['arm']} | " + " | ".join(scores) + " |")
     return "\n".join(lines)
 
@@ -679,9 +682,10 @@ def main(cfg):
         return plot(cfg.plot)
     if cfg.until not in ("", "data", "base", "teacher", "sft"):
         raise UserError(f"--until {cfg.until}: choose one of data, base, teacher, sft, or leave it out for the whole recipe")
-    if cfg.train_len < 128 or cfg.test_len <= cfg.train_len:
-        raise UserError(f"--train-len {cfg.train_len} must be at least 128, --test-len {cfg.test_len} longer")
-    if not cfg.test_data and (cfg.train_len - 1).bit_length() == (cfg.test_len - 1).bit_length():  # evaluate() sorts lengths by powers of two
+    if cfg.train_len < 128 or cfg.test_len < cfg.train_len:
+        raise UserError(f"--train-len {cfg.train_len} must be at least 128, --test-len {cfg.test_len} not below it")
+    columns = [(length - 1).bit_length() for length in (cfg.train_len, cfg.test_len)]  # evaluate() sorts by powers of two
+    if not cfg.test_data and cfg.test_len > cfg.train_len and columns[0] == columns[1]:
         raise UserError(f"--train-len {cfg.train_len} and --test-len {cfg.test_len} would share a column of the table: "
                         "put a power of two between them")
     if bool(cfg.student) != bool(cfg.teacher):
@@ -707,6 +711,8 @@ def main(cfg):
             raise UserError(f"the teacher {cfg.teacher} encodes text otherwise than the student {cfg.student}: choose "
                             "one of the same family")
         check_context(ctx, *(ModelConfig.from_dir(path) for path in (cfg.student, cfg.teacher)))
+    if cfg.judge:  # found now, not after the cold start
+        ModelConfig.from_dir(cfg.judge), Tokenizer.from_dir(cfg.judge).chat([dict(role="user", content="")])
     device, began = init(), time.time()
     log = Log(cfg, "recipe")
     log.begin(keep=lambda row: cfg.resume)  # of a run that stopped, the arms that are done
@@ -714,6 +720,9 @@ def main(cfg):
     def at(name):
         return os.path.join(cfg.out, name)
 
+    if not cfg.resume and rank() == 0:  # or this run, if it is killed, would be resumed with stages of the one before
+        for name in ("base", "teacher", "sft", "sft-grpo", "sft-opd", "sft-dgrpo", "dgrpo"):
+            shutil.rmtree(at(name), ignore_errors=True)
     if not cfg.student:
         tokenizer = tiny_tokenizer(task_words())
         rows = -(-tokenizer.n_vocab // 64) * 64
@@ -727,11 +736,13 @@ def main(cfg):
 
     def fine_tune(name, model, data, steps, lr, **options):
         sft.main(sft.Config(model=model, data=data, out=at(name), steps=steps, lr=lr, **common, **options))
+        gc.collect()  # FSDP2's modules are cycles: without this they outlive their stage
         return at(name)
 
     def reinforce(stage, name, model, **options):
         stage.main(stage.Config(model=model, data=data["rl"], out=at(name), steps=cfg.rl_steps, lr=cfg.rl_lr,
                                 batch=cfg.batch, group=cfg.group, max_new=cfg.max_new, **common, **options))
+        gc.collect()
         return at(name)
 
     # the models that the paper takes as given: a base that is good at short texts, and a better, larger teacher
@@ -761,25 +772,29 @@ def main(cfg):
             "dGRPO without SFT": lambda: reinforce(grpo, "dgrpo", base, **dgrpo)}
     done = gather(read_rows(log.path)[1:] if rank() == 0 else None)[0]
     results = {row["arm"]: row for row in done}
-    judge = load_judge(cfg.judge, device) if cfg.judge else None
     for arm in [arm for arm in arms if arm not in results]:
         began_arm = time.time()
         path = arms[arm]()
         seconds = time.time() - began_arm
         model, tokenizer = load(path, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+        judge = load_judge(cfg.judge, device) if cfg.judge else None
         rows = evaluate(model, tokenizer, test, ctx, cfg.max_new, seed=cfg.seed, progress=f"{'test':8} {arm}", judge=judge,
                         allow_code=cfg.allow_code, **(PAPER_DECODING if cfg.student else {}))
-        results[arm] = dict(arm=arm, seed=cfg.seed, **summary(rows, cfg.train_len // 2), n=len(test), steps=cfg.rl_steps, seconds=seconds,
-                            scores=rows)
+        results[arm] = dict(arm=arm, seed=cfg.seed, **summary(rows, cfg.train_len // 2), n=sum(row["n"] for row in rows),
+                            steps=cfg.rl_steps, seconds=seconds, scores=rows)
         log(results[arm])
+        del model, judge  # they would take memory from the next arm's training
     log.close()
     if rank() > 0:
         return
     results = [results[arm] for arm in arms]
     write_file(at("results.jsonl"), "".join(json.dumps(r) + "\n" for r in results).encode())
     write_file(at("results.md"), f"{table(results)}\n".encode())
-    print(f"\nMean score in %, ± standard error; {cfg.test_n} test examples per task and length, {cfg.test_len} tokens is a "
-          f"length no stage has seen.\n\n{table(results)}\n\nThis took {(time.time() - began) / 60:.1f} minutes; see {cfg.out}/.")
+    about = "" if cfg.test_data else f"; {cfg.test_n} test examples per task and length"
+    if not cfg.test_data and cfg.test_len > cfg.train_len:
+        about += f", {cfg.test_len} tokens is a length no stage has seen"
+    minutes = (time.time() - began) / 60
+    print(f"\nMean score in %, ± standard error{about}.\n\n{table(results)}\n\nThis took {minutes:.1f} minutes; see {cfg.out}/.")
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from kernels import high_water, matmul, token_loss
-from model import (Pack, Transformer, UserError, adamw, check_flags, file_name, gather, init, load, longest_context, memory_needed, rank, run, share_out,
-                   world)
+from model import (Pack, Transformer, UserError, adamw, check_context, check_flags, file_name, init, load, longest_context,
+                   memory_needed, rank, run, share_out, world)
 from model import Config as ModelConfig
 
 # ----------------------------------------------------------------------------------------------------------------- examples
@@ -383,7 +383,8 @@ def pick(logits, noise, temperature, top_p=1.0, top_k=0, min_p=0.0):
         p = ordered.softmax(-1)
         z = z.scatter(-1, index, ordered.masked_fill(p.cumsum(-1) - p >= top_p, -math.inf))
     mass = z.softmax(-1).double().cumsum(-1)  # double: the tail of 150K summands must not be rounded away
-    return torch.searchsorted(mass, noise.double()[:, None] * mass[:, -1:], right=True)[:, 0]
+    token = torch.searchsorted(mass, noise.double()[:, None] * mass[:, -1:], right=True)[:, 0]
+    return token.clamp(max=z.shape[-1] - 1)  # of NaN any: the step's loss is NaN too then, and is skipped and counted
 
 
 def draw(batch, logits):
@@ -645,6 +646,8 @@ def plain_math(latex):
     text = re.sub(r"\\(?:left|right|[!,;: $%])|\^\{?\\circ\}?|[$%°\s]", "", text)
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", re.sub(r"^[A-Za-z]=", "", text))           # 1,000; x = 5
     text, before = re.sub(r"\\[dt]?frac(\d)(\d)", r"\\frac{\1}{\2}", text), None
+    text = re.sub(r"(?<![\w.^})])(\d+)\\[dt]?frac\{(\d+)\}\{(\d+)\}",                       # 1 1/2 is no product
+                  lambda m: f"(({int(m[1]) * int(m[3]) + int(m[2])})/({m[3]}))", text)
     while text != before:  # from the inside out
         before, text = text, re.sub(r"\\sqrt\{([^{}]*)\}", r"sqrt(\1)", text)
         text = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))", text)
@@ -850,31 +853,22 @@ def rewards_of(examples, texts, judge=None, allow_code=False, guard=True):
 
     judge: from load_judge. guard: rules without precision pay less for long answers, as training needs; evaluation takes
     them as they are published. Under torchrun all ranks ask for the same, each scores a share, and all get everything."""
-    reasons = Counter()
-
-    def score_some(mine):
-        rewards, why = grade_all([examples[i] for i in mine], [texts[i] for i in mine], judge, allow_code, guard)
-        reasons.update(why)
-        return rewards
-
-    rewards = share_out(score_some, [len(text) for text in texts])
-    return rewards, sum(gather(reasons), Counter())
+    graded = share_out(lambda mine: grade_all([examples[i] for i in mine], [texts[i] for i in mine], judge, allow_code, guard),
+                       [len(text) for text in texts])
+    return [reward for reward, _ in graded], Counter(reason for _, why in graded for reason in why)
 
 
 def grade_all(examples, texts, judge, allow_code, guard):
     """Rules first; then the judge, in one batch, where it may still raise what the rules gave."""
-    with ThreadPoolExecutor() as pool:  # programs run side by side
+    with ThreadPoolExecutor(max(1, os.cpu_count() // world())) as pool:  # programs run side by side, a core for each
         graded = list(pool.map(lambda e, text: grade(e, text, judge, allow_code, guard), examples, texts))
-    rewards, reasons = [best for best, _ in graded], Counter(reason for _, why in graded for reason in why)
-    asked = [i for i, e in enumerate(examples) if "judge" in rules_of(e, judge) and rewards[i] < 1 and visible(texts[i])]
+    asked = [i for i, e in enumerate(examples) if "judge" in rules_of(e, judge) and graded[i][0] < 1 and visible(texts[i])]
     verdicts = [(prompt_messages(examples[i])[-1]["content"] if "messages" in examples[i] else examples[i]["question"],
                  references(examples[i]), visible(texts[i])) for i in asked]
     for i, verdict in zip(asked, judge(verdicts) if judge else ["not given"] * len(asked)):
-        if isinstance(verdict, str):
-            reasons[f"judge: {verdict}"] += 1
-        else:
-            rewards[i] = max(rewards[i], verdict)
-    return rewards, reasons
+        best, why = graded[i]
+        graded[i] = (best, why + [f"judge: {verdict}"]) if isinstance(verdict, str) else (max(best, verdict), why)
+    return graded
 
 
 def score(example, text):
@@ -902,19 +896,19 @@ def evaluate(model, tokenizer, examples, ctx, max_new_tokens, seed=0, progress=N
     the standard error of the mean over examples; deviation the standard deviation of the mean between runs (0 for one);
     truncated the share of completions cut off at max_new_tokens; tokens the mean length of completions; reasons why
     completions scored 0 without being wrong. Examples too long for ctx are left out, and that is told."""
-    fits, *_ = usable(examples, tokenizer, ctx, max_new_tokens, think=think)
+    fits, sizes, _ = usable(examples, tokenizer, ctx, max_new_tokens, think=think)
     bar = tqdm(total=len(fits) * runs, desc=progress, disable=progress is None or rank() > 0, leave=False)
     cells, at_once = {}, max(1, 2**20 // ctx) * world()  # about a million prompt ids in memory of each rank
-    for block in (fits[start:start + at_once].tolist() for start in range(0, len(fits), at_once)):
+    for start in range(0, len(fits), at_once):
+        block, lengths = (x[start:start + at_once].tolist() for x in (fits, sizes))
         chosen = [examples[i] for i in block]
-        prompts = [prompt_ids(tokenizer, e, think) for e in chosen]
         sampled = share_out(lambda mine: generate(
-            model, [prompts[j] for j in mine], runs, max_new_tokens, stop_ids=tokenizer.stop_ids, seed=seed,
+            model, [prompt_ids(tokenizer, chosen[j], think) for j in mine], runs, max_new_tokens, stop_ids=tokenizer.stop_ids, seed=seed,
             numbers=[block[j] for j in mine], on_done=lambda *_: bar.update(world()), **sampling),
-            [len(prompt) for prompt in prompts])
-        for example, prompt, completions in zip(chosen, prompts, sampled):
+            lengths)
+        for example, length, completions in zip(chosen, lengths, sampled):
             example = {k: v for k, v in example.items() if k != "document"}  # large, and no reward looks at it
-            cell = example.get("kind", "all"), 2 ** math.ceil(math.log2(len(prompt)))
+            cell = example.get("kind", "all"), 2 ** math.ceil(math.log2(length))
             cells.setdefault(cell, []).extend((example, completion_text(tokenizer, c), c.finished, len(c.tokens))
                                               for c in completions)
     bar.close()
@@ -1009,6 +1003,7 @@ def contender(model, task, name, P, G, R):
     prompt, *completions = (rng.integers(0, model.n_vocab, n).tolist() for n in [P] + [R] * G)
     alone = [(prompt, [c]) for c in completions]
     if task == "train":
+        model.checkpointing = P > 2**16  # what autograd keeps of 128K tokens otherwise, 160 GB, fits no GPU
         groups = {"ours": [[(prompt, completions)]], "prompt repeated": [alone],
                   "one completion at a time": [[x] for x in alone]}[name]
         return lambda: train(model, [Pack.build(group, model.device) for group in groups])
@@ -1072,7 +1067,7 @@ def bench_case(shape, task, sizes, twins, device, dtype, rates):
     if task == "train":
         seconds = medians([functions[name] for name in names], device)
         flops = 3 * (prompt + completions)
-        need = memory_needed(model.config, P + G * R, G * R, device.type)["update"]
+        need = memory_needed(model.config, P + G * R, G * R, device.type, model.checkpointing)["update"]
         planned = need["gradients"] + need["activations"]  # for ours, as peak_bytes: beyond the weights
         found = [dict(seconds=s, train_tokens_s=(P + G * R) / s, flops=flops, flop_share=flops / s / matmuls,
                       planned_bytes=planned) for s in seconds]
@@ -1096,6 +1091,7 @@ def full_step(student, teacher, P, G, R):
     """A whole step of dGRPO: sample, score by the teacher, update. -> seconds of each. The student's weights are fp32, its
     arithmetic is that of the teacher's dtype."""
     dtype, device, advantage = teacher.embed_tokens.weight.dtype, student.device, torch.linspace(-1, 1, G)
+    student.checkpointing = True
     student.compute_dtype, optimizer, clock = dtype, adamw(student, 1e-6), [time.perf_counter()]
 
     def lap():
@@ -1202,12 +1198,12 @@ def read_text(path):
 
 def evaluate_files(cfg):
     """A table per file on the terminal; the same rows, each with model and file, are appended to cfg.out."""
-    check_flags(cfg)
     files = [read_examples(path) for path in cfg.eval]
     for examples in files:
         check_rewards(examples, cfg.judge, cfg.allow_code)
     device = init()
     model, tokenizer = load(cfg.model, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    check_context(cfg.ctx, model.config)
     judge = load_judge(cfg.judge, device) if cfg.judge else None
     try:
         out = open(cfg.out, "a", encoding="utf-8")
@@ -1227,6 +1223,7 @@ def evaluate_files(cfg):
 def main(cfg):
     if cfg.bench:
         return benchmark()
+    check_flags(cfg)
     if cfg.eval:
         return evaluate_files(cfg)
     text = read_text(cfg.prompt_file) if cfg.prompt_file else cfg.prompt

@@ -3501,7 +3501,7 @@ def test_a_checkpoint_of_another_model_or_without_its_state_is_refused(world, tm
         interrupted(sft, long_run(sft, world, out), 2, power_cut)
     (tmp_path / "kept").mkdir()
     state, moments = out / "step-000002" / "state.json", out / "step-000002" / "optimizer.safetensors"
-    for file, content, match in [(state, "{}", "state.json needs step, skipped and tensors"), (state, "{", "not valid JSON"),
+    for file, content, match in [(state, "{}", "state.json does not hold this step's counts"), (state, "{", "not valid JSON"),
                                  (moments, "x", "no optimizer state of this model")]:
         before = file.read_bytes()
         file.write_text(content)
@@ -3510,8 +3510,28 @@ def test_a_checkpoint_of_another_model_or_without_its_state_is_refused(world, tm
         file.write_bytes(before)
     config = out / "step-000002" / "config.json"
     config.write_text(config.read_text().replace('"rope_theta": 10000.0', '"rope_theta": 20000.0'))
-    with pytest.raises(UserError, match="step-000002 was made from a model of another shape"):
+    with pytest.raises(UserError, match="step-000002 was made from another model than --model"):
         sft.main(long_run(sft, world, out))
+
+
+def test_a_corrupt_training_checkpoint_is_refused_in_one_line_or_read_as_it_is_written(world, tmp_path):
+    with pytest.raises(InterruptedError):
+        interrupted(sft, long_run(sft, world, tmp_path / "sound", steps=3), 2, power_cut)
+    outcomes = Counter()
+    for seed in range(60):
+        rng, out = random.Random(seed), tmp_path / str(seed)
+        shutil.copytree(tmp_path / "sound", out)
+        what = corrupt(rng, rng.choice(sorted((out / "step-000002").iterdir())))
+        try:
+            with limits():
+                sft.main(long_run(sft, world, out, steps=3))
+            outcomes["read"] += 1
+        except UserError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000, what
+            outcomes["refused"] += 1
+        except Exception as error:
+            raise AssertionError(f"seed {seed}, {what}: {error!r}") from error
+    assert min(outcomes["read"], outcomes["refused"]) > 5
 
 
 def test_a_gpu_out_of_memory_says_what_to_change(monkeypatch, capsys):
