@@ -53,6 +53,8 @@ class Config:
     clip: float = 1.0                   # largest norm of the gradient
     temperature: float = 1.0            # of sampling, and of the policy that is trained
     beta: float = 0.5                   # weight of the KL to the teacher
+    beta_schedule: str = "constant"     # constant (paper), or linear down to 0 after the last step
+    kl_first: float = 1.0               # take the KL on this first share of every completion's tokens only
     kl: str = "reverse"                 # reverse, forward, jsd (whole vocabulary); k2 (sampled token); k1 (in the advantage)
     advantage_std: bool = True          # divide advantages by the group's standard deviation
     eps_low: float = 0.2                # the ratio is clipped at 1 - eps_low ...
@@ -136,39 +138,47 @@ class Stream:
     logp_old: torch.Tensor                       # under the policy that sampled, as the sampler saw it
     advantage: torch.Tensor
     weight: torch.Tensor                         # makes sums over tokens means over the whole batch
+    kl_weight: torch.Tensor                      # the same for the KL: 0 behind the first --kl-first of a completion
     teacher_hidden: torch.Tensor | None = None   # [N, D of the teacher]
     logp_teacher: torch.Tensor | None = None     # only for k1 and k2
     logp_first: torch.Tensor | None = None       # the trainer's own value at the first update, for --tis
 
 
+def beta_at(step, cfg):
+    return cfg.beta * (1 - step / cfg.steps if cfg.beta_schedule == "linear" else 1)
+
+
 @torch.no_grad()
-def build_stream(groups, advantage, weight, teacher, cfg, device):
+def build_stream(groups, advantage, weight, teacher, beta, cfg, device):
     """groups [(prompt_ids, [Completion, ...]), ...] with advantage and weight of each completion -> Stream."""
     pack = Pack.build([(prompt, [c.tokens for c in completions]) for prompt, completions in groups], device)
-    logp_old = torch.tensor([x for _, completions in groups for c in completions for x in c.logps], device=device)
-    s = Stream(pack, logp_old, advantage.to(device)[pack.seq], weight.to(device)[pack.seq])
+    everyone = [c for _, completions in groups for c in completions]
+    logp_old = torch.tensor([x for c in everyone for x in c.logps], device=device)
+    anchored = torch.tensor([t < cfg.kl_first * len(c.tokens) for c in everyone for t in range(len(c.tokens))], device=device)
+    weight = weight.to(device)[pack.seq]
+    s = Stream(pack, logp_old, advantage.to(device)[pack.seq], weight, weight * anchored)
     if teacher is not None:
         s.teacher_hidden = teacher(pack)[pack.rows]  # one pass serves all completions; only their rows are kept
         if cfg.kl in ("k1", "k2"):
             s.logp_teacher = token_stats(s.teacher_hidden, teacher.head_weight, pack.targets, temperature=cfg.temperature,
                                          vocab=teacher.n_vocab).logp
         if cfg.kl == "k1":
-            s.advantage = s.advantage - cfg.beta * (logp_old - s.logp_teacher)
+            s.advantage = s.advantage - beta * anchored * (logp_old - s.logp_teacher)
     return s
 
 
-def stream_loss(s, stats, rows, cfg, first):
+def stream_loss(s, stats, rows, beta, cfg, first):
     """The loss of some rows of a stream, given their statistics: a sum over tokens, so that it can be taken in chunks."""
-    old, weight, policy_weight = s.logp_old[rows], s.weight[rows], s.weight[rows]
+    old, weight = s.logp_old[rows], s.weight[rows]
     if cfg.tis:  # pi_old is the trainer's own value; how far the sampler was from it becomes a constant, truncated weight
         own = stats.logp.detach() if first else s.logp_first[rows]
-        policy_weight, old = weight * (own - old).exp().clamp(max=cfg.tis), own
-    loss = policy_loss(stats.logp, old, s.advantage[rows], policy_weight, cfg.eps_low, cfg.eps_high, cfg.ratio,
+        weight, old = weight * (own - old).exp().clamp(max=cfg.tis), own
+    loss = policy_loss(stats.logp, old, s.advantage[rows], weight, cfg.eps_low, cfg.eps_high, cfg.ratio,
                        s.pack.seq[rows])
     if s.teacher_hidden is not None and cfg.kl == "k2":
-        loss = loss + cfg.beta * (weight * k2(stats.logp, s.logp_teacher[rows])).sum()
+        loss = loss + beta * (s.kl_weight[rows] * k2(stats.logp, s.logp_teacher[rows])).sum()
     elif s.teacher_hidden is not None and cfg.kl != "k1":
-        loss = loss + cfg.beta * (weight * stats.kl).sum()       # this line makes GRPO dGRPO
+        loss = loss + beta * (s.kl_weight[rows] * stats.kl).sum()       # this line makes GRPO dGRPO
     return loss
 
 
@@ -183,14 +193,17 @@ def check(cfg):
                         "forward")
     check_flags(cfg, kl=("reverse", "forward", "jsd", "k1", "k2"),
                 aggregate=("sequence", "token", "constant"), ratio=("token", "sequence", "cispo"),
-                schedule=("constant", "cosine"))
+                schedule=("constant", "cosine"), beta_schedule=("constant", "linear"))
+    if not 0 <= cfg.kl_first <= 1:
+        raise UserError(f"--kl-first {cfg.kl_first}: a share lies between 0 and 1")
     if cfg.temperature <= 0:
         raise UserError(f"--temperature {cfg.temperature}: completions of a group must differ, so it must be positive")
 
 
-def main(cfg):
+def main(cfg, watch=None):
+    """watch(step, model, tokenizer) is called every --save-every steps, see model.Run."""
     check(cfg)
-    device, this = init(), Run(cfg, "dgrpo" if cfg.teacher else "grpo")
+    device, this = init(), Run(cfg, "dgrpo" if cfg.teacher else "grpo", watch)
     if this.finished:
         return
     model, tokenizer = load_student(this.source, device)
@@ -217,7 +230,7 @@ def main(cfg):
             teacher.load_state_dict(model.state_dict())
 
         # roll out: G completions of each prompt, and their rewards
-        times = [time.time()]
+        times, beta = [time.time()], beta_at(step, cfg)
         chosen = [int(fits[i]) for i in data_order(len(fits), cfg.batch, step, cfg.seed)]
         drawn = {i: examples[i] for i in chosen}
         prompts = {i: prompt_ids(tokenizer, e) for i, e in drawn.items()}
@@ -251,7 +264,7 @@ def main(cfg):
             for part in parts:
                 groups = [(prompts[chosen[b]], [completions[b][i] for i in members]) for b, members in part]
                 A, w = (torch.cat([x[0, :0], *(x[b, members] for b, members in part)]) for x in (advantage, weight))
-                streams.append(build_stream(groups, A, w, teacher, cfg, device))
+                streams.append(build_stream(groups, A, w, teacher, beta, cfg, device))
             teacher_head = teacher.head_weight.detach() if teacher else None  # sharded weights are whole after a pass
 
         # update: all streams make one optimizer step
@@ -267,9 +280,9 @@ def main(cfg):
                 options = dict(temperature=cfg.temperature, vocab=model.n_vocab, **full_kl)
                 if cfg.ratio == "sequence":  # the ratio couples all tokens of a completion: statistics first, then the loss
                     stats = token_stats(*head, **options)
-                    loss = stream_loss(s, stats, slice(None), cfg, update == 0)
+                    loss = stream_loss(s, stats, slice(None), beta, cfg, update == 0)
                 else:
-                    loss, stats = token_loss(lambda stats, rows: stream_loss(s, stats, rows, cfg, update == 0),
+                    loss, stats = token_loss(lambda stats, rows: stream_loss(s, stats, rows, beta, cfg, update == 0),
                                              *head, **options)
                 loss.backward()
                 with torch.no_grad():
@@ -285,7 +298,7 @@ def main(cfg):
                     sums["loss"] += loss.item()
                     sums["kl"] += kl[real].sum().item()
                     in_loss = k2(stats.logp, s.logp_teacher) if teacher and cfg.kl == "k2" else stats.kl   # k1: not in it
-                    sums["kl_loss"] += cfg.beta * (s.weight * in_loss).sum().item()
+                    sums["kl_loss"] += beta * (s.kl_weight * in_loss).sum().item()
                     sums["entropy"] += stats.entropy[real].sum().item()
                     sums["clipped"] += (too_high | too_low)[real].sum().item()
                     sums["logp_diff"] += difference.sum().item()

@@ -693,7 +693,14 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        return Normalise.apply(x, self.weight, self.eps)
+        if torch.is_grad_enabled():
+            return Normalise.apply(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)  # while sampling, the Function's wrapping would take as long as the norm
+
+
+def rms_norm(x, weight, eps):
+    """Rounds as transformers does: to x's dtype before the weight is applied."""
+    return weight.to(x.dtype) * F.rms_norm(x, x.shape[-1:], eps=eps)
 
 
 class Normalise(torch.autograd.Function):
@@ -705,23 +712,18 @@ class Normalise(torch.autograd.Function):
     def forward(ctx, x, weight, eps):
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return weight.to(x.dtype) * normalised(x, eps)[0].to(x.dtype)
+        return rms_norm(x, weight, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        n, scale = normalised(x, ctx.eps)
+        h = x.float()
+        scale = torch.rsqrt(h.square().mean(-1, keepdim=True) + ctx.eps)  # 1 / rms(x)
+        n = h * scale
         dweight = (dy * n).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         u = dy * weight.to(n.dtype)
         return u.sub_(n.mul_((u * n).mean(-1, keepdim=True))).mul_(scale).to(x.dtype), dweight, None
-
-
-def normalised(x, eps):
-    """(x / rms(x), 1 / rms(x)) over the last dimension, in fp32."""
-    h = x.float()
-    scale = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
-    return h * scale, scale
 
 
 def rope_frequencies(config):
@@ -1360,7 +1362,7 @@ def check_context(ctx, *configs):
 UMASK = os.umask(0)
 os.umask(UMASK)  # there is no other way to read it
 MAX_SKIPPED = 5  # steps with a loss or gradient that is not finite, until a run gives up
-NO_MATTER = {"out", "micro", "save_every", "resume", "until", "plot", "teacher_offload"}  # flags that change no result
+NO_MATTER = {"out", "micro", "save_every", "resume", "until", "plot", "seeds", "teacher_offload"}  # flags that change no result
 
 
 def adamw(model, lr, weight_decay=0.0):
@@ -1464,8 +1466,10 @@ class Run:
     Whatever a step draws depends on (seed, step) alone, so a checkpoint is the model, the optimizer and a number. Model and
     optimizer are stored whole, in safetensors: any number of ranks can go on from them."""
 
-    def __init__(self, cfg, what):
-        self.cfg, self.what, self.log_file = cfg, what, Log(cfg, what)
+    def __init__(self, cfg, what, watch=None):
+        """watch(step, model, tokenizer) is called by all ranks every --save-every steps, after the checkpoint is written; by a
+        run that goes on from there again."""
+        self.cfg, self.what, self.log_file, self.watch = cfg, what, Log(cfg, what), watch
         self.step = self.skipped = 0
         # rank 0 looks: it may be writing already when the others come here
         self.finished, self.checkpoint = gather(self._look() if rank() == 0 else None)[0]
@@ -1521,6 +1525,8 @@ class Run:
                         total=self.cfg.steps, disable=rank() > 0)
         try:
             for step in self.bar:
+                if self.watch and step and step % self.cfg.save_every == 0:
+                    self.watch(step, self.model, self.tokenizer)
                 yield step
                 self.step = step + 1
                 stopped = [number for numbers in gather(stop) for number in numbers]
@@ -1684,7 +1690,7 @@ def run(main, Config):
     sys.exit(code)
 
 
-AT_LEAST = dict.fromkeys(("batch", "group", "micro", "max_new", "steps", "updates", "save_every", "runs", "test_n",
+AT_LEAST = dict.fromkeys(("batch", "group", "micro", "max_new", "steps", "updates", "save_every", "runs", "seeds", "test_n",
                           "base_steps", "teacher_steps", "sft_steps", "rl_steps"), 1) | dict.fromkeys(
                          ("seed", "warmup", "beta", "tis", "weight_decay", "top_k", "eps_low", "eps_high", "temperature"), 0)
 ABOVE_0 = "lr", "sft_lr", "rl_lr", "clip"

@@ -95,9 +95,10 @@ def check(cfg):
         raise UserError(f"--jsd-weight {cfg.jsd_weight}: must lie between 0 and 1; at the ends use --kl forward or reverse")
 
 
-def main(cfg):
+def main(cfg, watch=None):
+    """watch(step, model, tokenizer) is called every --save-every steps, see model.Run."""
     check(cfg)
-    device, this = init(), Run(cfg, "opd")
+    device, this = init(), Run(cfg, "opd", watch)
     if this.finished:
         return
     model, tokenizer = load_student(this.source, device)

@@ -23,7 +23,7 @@ stand for the skills that must not be forgotten. --long-data, --short-data and -
     python recipe.py --until sft                                   only what `python grpo.py` and `python opd.py` start from
     python recipe.py --student DIR --teacher DIR --train-len 8192 --test-len 16384      with checkpoints of your own
 """
-import bisect, functools, gc, itertools, json, math, os, shutil, string, sys, time
+import bisect, dataclasses, functools, gc, glob, itertools, json, math, os, shutil, string, sys, time
 from collections import Counter
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import grpo, opd, sft
 from model import (PRESETS, QWEN_PATTERN, Log, Tokenizer, UserError, barrier, check_context, check_flags, gather, init, load,
-                   new_model, rank, read_rows, run, save, tiny_tokenizer, write_file)
+                   new_model, rank, read_rows, run, save, tiny_tokenizer, whole, write_file)
 from model import Config as ModelConfig
 from rollout import (PAPER_DECODING, check_rewards, demonstration, evaluate, load_judge, prompt_messages, read_examples,
                      read_text)
@@ -57,8 +57,8 @@ class Config:
     test_len: int = 512             # a length that no stage trains on, for the table
     long_share: float = 0.9         # share of long examples in the mixture, by tokens
     base_steps: int = 800           # training of the tiny student on short texts
-    teacher_steps: int = 250        # training of the tiny teacher, which starts from the base, on the mixture
-    sft_steps: int = 60             # cold start
+    teacher_steps: int = 600        # training of the tiny teacher, which starts from the base
+    sft_steps: int = 30             # cold start
     rl_steps: int = 80              # rollouts of GRPO, OPD and dGRPO
     batch: int = 8                  # prompts per rollout
     group: int = 8                  # completions per prompt
@@ -70,10 +70,12 @@ class Config:
     test_n: int = 64                # test examples per task and length
     judge: str = ""                 # checkpoint that compares answers with references (paper: Qwen3-4B)
     allow_code: bool = False        # run the programs that completions contain, where examples bring tests
+    ablate: bool = False            # the paper's studies, 37 arms in out/seed-N/ for every seed (hours), instead of one table
+    seeds: int = 3                  # how many seeds --ablate runs, from --seed on
     seed: int = 0                   # data, weights and sampling
     save_every: int = 20            # steps between checkpoints to go on from
     resume: bool = True             # go on where a run in --out stopped; arms that are done are not trained again
-    plot: str = ""                  # draw the metrics below this directory, or the lines of rollout.py --bench, and stop
+    plot: str = ""                  # draw what is in this directory, and stop: metrics, results.jsonl, bench.jsonl
 
 
 # --------------------------------------------------------------------------------------------------------------------- tasks
@@ -407,7 +409,7 @@ SHORT = {"sum": ask_sum, "reverse": ask_reverse, "copy": ask_copy}
 
 # ---- examples
 
-SPLITS = ["base", "sft", "rl", "test", "words"]  # every split draws documents of its own
+SPLITS = ["base", "sft", "rl", "test", "words", "teacher"]  # every split draws documents of its own
 
 
 def long_examples(seed, split, n, length, questions, kinds, tokenizer, haystack=()):
@@ -553,10 +555,12 @@ def write_data(cfg, tokenizer):
                 yield from documents("test", cfg.test_n * len(RULER), length, 1, list(RULER))
 
     lengths = cfg.train_len // 2, cfg.train_len
-    splits = dict(sft=mix("sft", max(1500, cfg.sft_steps * sft.Config.batch), lengths, 8, cfg.long_share),
-                  rl=mix("rl", max(1000, cfg.rl_steps * cfg.batch), lengths, 1, cfg.long_share), test=test())
+    splits = dict(test=test())
+    for name, share in [("", cfg.long_share)] + [(f"-{share}", share / 100) for share in SHARES] * cfg.ablate:
+        splits["sft" + name] = mix("sft", max(500, cfg.sft_steps * sft.Config.batch), lengths, 8, share)
+        splits["rl" + name] = mix("rl", max(500, cfg.rl_steps * cfg.batch), lengths, 1, share)
     if not cfg.student:
-        splits["base"] = mix("base", 5000, BASE_LENS, 8, 0.7)
+        splits |= dict(base=mix("base", 5000, BASE_LENS, 8, 0.7), teacher=mix("teacher", 1500, lengths, 8, 0.6))
     paths = {name: os.path.join(cfg.out, "data", f"{name}.jsonl") for name in splits}
     for name, lists in splits.items() if rank() == 0 else []:
         if cfg.resume and os.path.exists(paths[name]):  # whole, and of the same configuration
@@ -575,6 +579,60 @@ def write_data(cfg, tokenizer):
     return paths
 
 
+# ---------------------------------------------------------------------------------------------------------------------- arms
+
+# An arm is (start, stage, options): the arm whose checkpoint it goes on from, the method that trains it (None: nothing does),
+# and its settings; options["data"] is a file of write_data, options["teacher"] an arm too, or a word that grpo.py knows.
+
+SHARES = 0, 10, 25, 50, 75, 100     # % of long tokens, besides the recipe's own --long-share
+BETAS = 0.1, 0.25, 1.0, 2.0, 4.0    # besides --beta, and 0, which is GRPO; without bound it is OPD
+
+
+def settings(cfg):
+    """Options of the cold start, of what learns from a teacher alone, from reward alone, and from both."""
+    cold = dict(data="sft", steps=cfg.sft_steps, lr=cfg.sft_lr)
+    rl = dict(data="rl", steps=cfg.rl_steps, lr=cfg.rl_lr, batch=cfg.batch, group=cfg.group, max_new=cfg.max_new)
+    scored = rl | dict(judge=cfg.judge, allow_code=cfg.allow_code)
+    return cold, rl | dict(teacher="teacher"), scored, scored | dict(teacher="teacher", beta=cfg.beta)
+
+
+def recipe_arms(cfg):
+    """The recipe, and what it is compared with; every arm has the same rollouts and steps."""
+    cold, taught, scored, both = settings(cfg)
+    return {"teacher": ("teacher", None, {}), "base": ("base", None, {}), "SFT": ("base", sft, cold),
+            "SFT+GRPO": ("SFT", grpo, scored), "SFT+OPD": ("SFT", opd, taught), "SFT+dGRPO": ("SFT", grpo, both),
+            "dGRPO without SFT": ("base", grpo, both)}
+
+
+def ablation_arms(cfg):
+    """Those, and the paper's other studies: each changes one thing of SFT+dGRPO."""
+    cold, _, scored, both = settings(cfg)
+    twice = dict(updates=2)  # with one update per rollout the KL to the policy that sampled is exactly 0
+    kd = dict(cold, teacher="teacher", lam=0.0, kl="forward", max_new=cfg.max_new,
+              batch=8 * sft.Config.batch)  # the questions on as many documents as a batch of SFT has
+    arms = recipe_arms(cfg) | {f"beta {beta:g}": ("SFT", grpo, both | dict(beta=beta)) for beta in BETAS}
+    arms |= {"KL to its start": ("SFT", grpo, both | dict(teacher="ref")), "KL to the base": ("SFT", grpo, both | dict(teacher="base")),
+             "KL to itself, 2 updates": ("SFT", grpo, both | twice | dict(teacher="self")),
+             "SFT+GRPO, 2 updates": ("SFT", grpo, scored | twice)}
+    for share in SHARES:
+        arms |= {f"SFT, {share} % long": ("base", sft, cold | dict(data=f"sft-{share}")),
+                 f"{share} % long": (f"SFT, {share} % long", grpo, both | dict(data=f"rl-{share}"))}
+    return arms | {"KD": ("base", opd, kd), "KD+dGRPO": ("KD", grpo, both),
+                   "KL on the first 30 %": ("SFT", grpo, both | dict(kl_first=0.3)),
+                   "KL of the sampled token": ("SFT", grpo, both | dict(kl="k2")),
+                   "beta falling to 0": ("SFT", grpo, both | dict(beta_schedule="linear"))}
+
+
+STUDIES = {"Method": ["teacher", "base", "SFT", "SFT+GRPO", "SFT+OPD", "SFT+dGRPO", "dGRPO without SFT"],
+           "Weight of the KL": ["SFT+GRPO", *(f"beta {beta:g}" for beta in BETAS[:2]), "SFT+dGRPO",
+                                *(f"beta {beta:g}" for beta in BETAS[2:]), "SFT+OPD"],
+           "Teacher": ["SFT+dGRPO", "KL to its start", "KL to the base", "KL to itself, 2 updates", "SFT+GRPO, 2 updates",
+                       "SFT+GRPO"],
+           "Share of long tokens": [*(f"{share} % long" for share in SHARES[:-1]), "SFT+dGRPO", f"{SHARES[-1]} % long"],
+           "Cold start": ["SFT", "KD", "dGRPO without SFT", "SFT+dGRPO", "KD+dGRPO"],
+           "Form of the KL": ["SFT+dGRPO", "KL on the first 30 %", "KL of the sampled token", "beta falling to 0"]}
+
+
 # --------------------------------------------------------------------------------------------------------------------- table
 
 def summary(rows, long_from):
@@ -586,6 +644,42 @@ def summary(rows, long_from):
         scores[name] = float(np.mean([r["mean"] for r in cells])) if cells else None
         scores[name + "_stderr"] = math.sqrt(sum(r["stderr"] ** 2 for r in cells)) / len(cells) if cells else None
     return scores
+
+
+def over_seeds(values):
+    """Mean and standard error of the numbers of several seeds; None for the error of a single one."""
+    values = np.asarray(values, dtype=float)
+    return values.mean(), values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def percent(values, sign=""):
+    mean, error = over_seeds(values)
+    return f"{100 * mean:{sign}.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
+
+
+def ends(rows):
+    """arm -> seed -> row of its end."""
+    found = {}
+    for row in rows:
+        if row["step"] == row["steps"]:
+            found.setdefault(row["arm"], {})[row["seed"]] = row
+    return found
+
+
+def studies(rows):
+    """The rows of --ablate as Markdown, a table for each study: means over the seeds with their standard errors, and
+    differences to SFT+dGRPO, seed by seed."""
+    final, parts = ends(rows), []
+    for title, arms in STUDIES.items():
+        lines = [f"| {title} | long | short | long, against SFT+dGRPO | short | seeds |", "|---|---|---|---|---|---|"]
+        for arm in arms:
+            seeds = final[arm].keys() & final["SFT+dGRPO"].keys()
+            scores = [[final[arm][seed][score] for seed in seeds] for score in ("long", "short")]
+            gains = [[final[arm][seed][score] - final["SFT+dGRPO"][seed][score] for seed in seeds] for score in ("long", "short")]
+            cells = [percent(x) for x in scores] + [percent(x, "+") if arm != "SFT+dGRPO" else "" for x in gains]
+            lines.append(f"| {arm} | {' | '.join(cells)} | {len(seeds)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
 
 
 def table(results):
@@ -607,46 +701,55 @@ PANELS = ["reward", "loss", "kl", "entropy", "length", "truncated", "zero_varian
 
 
 def plot(path):
-    """Draw a directory's metrics (metrics.png in it), or the lines of `rollout.py --bench` (a .png beside the file)."""
+    """Draw what there is in a directory: the metrics of its runs, results.jsonl of --ablate, bench.jsonl of rollout.py."""
     try:
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from None
-    figure, path = plot_bench(plt, path) if path.endswith(".jsonl") else plot_metrics(plt, path)
-    figure.savefig(path, dpi=110)
-    print(f"drew {path}")
+    drawn = 0
+    for name, rows, draw in [("metrics", runs_below(path), draw_metrics),
+                             ("steps", seeded(path), draw_steps), ("studies", seeded(path), draw_studies),
+                             ("bench", trained(os.path.join(path, "bench.jsonl")), draw_bench)]:
+        if rows:
+            file = os.path.join(path, f"{name}.png")
+            draw(plt, rows).savefig(file, dpi=110)
+            plt.close("all")
+            print(f"drew {file}")
+            drawn += 1
+    if not drawn:
+        raise UserError(f"--plot {path}: in it is no run with steps, no results.jsonl of --ablate, and no bench.jsonl with "
+                        "training rows of `rollout.py --bench`")
 
 
-def plot_bench(plt, path):
-    """Time and memory of a training step over the prompt's length, beside what the formulas say."""
-    rows = [row for row in read_rows(path) if row.get("task") == "train" and row["who"] == "ours"]
-    if not rows:
-        raise UserError(f"--plot {path}: no training rows of `rollout.py --bench` in it")
-    rows.sort(key=lambda row: row["P"])
-    x, last = [row["P"] / 1024 for row in rows], rows[-1]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    times = [row["flops"] * last["seconds"] / last["flops"] for row in rows]
-    for axis, title, found, formula, label in [
-            (axes[0], "time of a training step, s", [row["seconds"] for row in rows], times, "FLOPs, scaled to the last point"),
-            (axes[1], "peak memory beyond the weights, MB", [row["peak_bytes"] / 1e6 for row in rows],
-             [row["planned_bytes"] / 1e6 for row in rows], "formula of the planner")]:
-        axis.loglog(x, found, "o-", color="0", label="measured", base=2)
-        axis.loglog(x, formula, "s--", color="0.5", label=label, base=2, markerfacecolor="none")
-        axis.set(title=title, xlabel="prompt, thousands of tokens", xticks=x, xticklabels=[f"{v:.0f}" for v in x])
-        axis.legend()
-    figure.tight_layout()
-    return figure, path.removesuffix(".jsonl") + ".png"
+def runs_below(path):
+    """Name -> rows of the metrics.jsonl of a run that is `path`, or stands in it."""
+    folders = [path, *(entry.path for entry in os.scandir(path) if entry.is_dir())] if os.path.isdir(path) else []
+    runs = {os.path.relpath(folder, path): read_rows(os.path.join(folder, "metrics.jsonl"))[1:] for folder in sorted(folders)}
+    return {name: rows for name, rows in runs.items() if rows and "step" in rows[0]}
 
 
-def plot_metrics(plt, out):
-    """A panel for each quantity, a line for each metrics.jsonl below `out`."""
-    runs = {os.path.relpath(folder, out): read_rows(os.path.join(folder, "metrics.jsonl"))[1:]
-            for folder, _, files in sorted(os.walk(out)) if "metrics.jsonl" in files}
-    runs = {name: rows for name, rows in runs.items() if rows and "step" in rows[0]}
-    if not runs:
-        raise UserError(f"--plot {out}: no metrics.jsonl with steps below it")
+def seeded(path):
+    """The rows of results.jsonl, if it is one of --ablate."""
+    file = os.path.join(path, "results.jsonl")
+    rows = read_rows(file)
+    missing = {"arm", "start", "seed", "step", "steps", "long", "short", "scores"} - (rows[0].keys() if rows else set())
+    if rows and missing:
+        raise UserError(f"{file} was written by another version: its rows lack {', '.join(sorted(missing))}")
+    final = ends(rows)
+    if len(final) > 7 and ({*itertools.chain(*STUDIES.values())} - final.keys() or None in (rows[0]["long"], rows[0]["short"])):
+        raise UserError(f"{file} lacks arms or scores: run recipe.py --ablate to its end")
+    return rows if len(final) > 7 else []
+
+
+def trained(file):
+    rows = [row for row in read_rows(file) if row.get("task") == "train" and row["who"] == "ours"]
+    return sorted(rows, key=lambda row: row["P"])
+
+
+def draw_metrics(plt, runs):
+    """A panel for each quantity, a line for each run."""
     panels = [name for name in PANELS if any(name in rows[0] for rows in runs.values())]
     figure, axes = plt.subplots(-(-len(panels) // 3), 3, figsize=(13, 3 * -(-len(panels) // 3)), squeeze=False)
     styles = [dict(color=c, linestyle=s) for s in ("-", "--", ":") for c in ("0", "0.45", "tab:blue", "tab:orange")]
@@ -659,7 +762,100 @@ def plot_metrics(plt, out):
         axis.axis("off")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="lower right", ncols=3)
     figure.tight_layout()
-    return figure, os.path.join(out, "metrics.png")
+    return figure
+
+
+STYLES = {"SFT+GRPO": dict(color="0.55", linestyle=":", marker="s"), "SFT+OPD": dict(color="tab:orange", linestyle="--", marker="^"),
+          "SFT+dGRPO": dict(color="0", linestyle="-", marker="o"), "SFT": dict(color="tab:blue", linestyle="-.", marker="v"),
+          "dGRPO without SFT": dict(color="tab:green", linestyle=(0, (5, 1, 1, 1, 1, 1)), marker="D"),
+          "base": dict(color="0.75", linestyle="-", marker="x"), "teacher": dict(color="tab:red", linestyle="--", marker="*")}
+
+
+def line_over_seeds(axis, x, values, label, **style):
+    """A line through means over the seeds, values[seed][x], in a band of a standard error to both sides."""
+    means, errors = zip(*(over_seeds(column) for column in zip(*values)))
+    axis.plot(x, means, label=label, markersize=4, **style)
+    low, high = zip(*((m - (e or 0), m + (e or 0)) for m, e in zip(means, errors)))
+    axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def draw_steps(plt, rows):
+    """Scores and reward of the methods over the steps."""
+    final, curves = ends(rows), {}
+    for row in rows:
+        curves.setdefault((row["arm"], row["seed"]), {})[row["step"]] = row
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
+    for arm in ["SFT+GRPO", "SFT+OPD", "SFT+dGRPO", "dGRPO without SFT"]:
+        ended = final[arm]
+        steps = sorted({*curves[arm, min(ended)]})
+        for axis, name in zip(axes, ("long", "short")):
+            values = [[100 * row[name] for row in [final[end["start"]][seed], *(curves[arm, seed][s] for s in steps)]]
+                      for seed, end in ended.items()]
+            line_over_seeds(axis, [0, *steps], values, arm, **STYLES[arm])
+            axis.set(title=f"{name} score", xlabel="step", ylabel="mean score, %")
+        if all(end["rewards"] for end in ended.values()):
+            means = [np.convolve(end["rewards"], np.full(5, 0.2), "valid") for end in ended.values()]  # of 5 steps each
+            line_over_seeds(axes[2], range(2, 2 + len(means[0])), means, arm, **STYLES[arm] | dict(marker=""))
+    axes[2].set(title="reward while training, mean of 5 steps", xlabel="step", ylabel="mean reward")
+    axes[0].legend()
+    figure.tight_layout()
+    return figure
+
+
+def draw_studies(plt, rows):
+    """The short/long frontier; the weight of the KL; the mixture; scores against the length of the context."""
+    final = ends(rows)
+    figure, ((frontier, beta, ), (mix, length)) = plt.subplots(2, 2, figsize=(11, 9))
+
+    def scores(arm, name):
+        return [100 * row[name] for _, row in sorted(final[arm].items())]
+
+    for arm, style in STYLES.items():
+        (x, dx), (y, dy) = (over_seeds(scores(arm, name)) for name in ("short", "long"))
+        frontier.errorbar(x, y, dy, dx, label=arm, capsize=2, **style | dict(linestyle="none"))
+        cells = {n: [[100 * np.mean([c["mean"] for c in row["scores"] if c["length"] == n])] for row in final[arm].values()]
+                 for n in sorted({c["length"] for c in rows[0]["scores"]})}
+        longs = [n for n in cells if n >= max(cells) / 4]
+        line_over_seeds(length, longs, [list(itertools.chain(*row)) for row in zip(*(cells[n] for n in longs))], arm, **style)
+    frontier.set(title="methods", xlabel="short score, %", ylabel="long score, %")
+    frontier.legend(fontsize=8)
+
+    weights = ["0", *(f"{b:g}" for b in BETAS[:2]), "0.5", *(f"{b:g}" for b in BETAS[2:]), "OPD"]
+    shares = [*SHARES[:-1], 90, SHARES[-1]]
+    for axis, x, study in [(beta, range(len(weights)), "Weight of the KL"), (mix, shares, "Share of long tokens")]:
+        for name, style in [("long", STYLES["SFT+dGRPO"]), ("short", STYLES["SFT+GRPO"])]:
+            line_over_seeds(axis, x, [*zip(*(scores(arm, name) for arm in STUDIES[study]))], name, **style)
+        axis.legend()
+    beta.set(title="weight of the KL to the teacher", xlabel="beta", ylabel="mean score, %", xticks=range(len(weights)),
+             xticklabels=weights)
+    mix.set(title="mixture of SFT and dGRPO", xlabel="long tokens, %", ylabel="mean score, %")
+    length.axvline(longs[-2], color="0.8", linewidth=8, zorder=0)
+    length.annotate("longest in training", (longs[-2], 2), rotation=90, ha="center", fontsize=7)
+    length.set(title="score against the length of the context", xlabel="prompt, tokens", ylabel="mean score of the long tasks, %",
+               xscale="log", xticks=longs, xticklabels=longs)
+    length.minorticks_off()
+    figure.tight_layout()
+    return figure
+
+
+def draw_bench(plt, rows):
+    """Time and memory of a training step over the prompt's length, beside what the formulas say."""
+    x, last = [row["P"] / 1024 for row in rows], rows[-1]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    times = [row["flops"] * last["seconds"] / last["flops"] for row in rows]
+    for axis, title, found, formula, label in [
+            (axes[0], "time of a training step, s", [row["seconds"] for row in rows], times, "FLOPs, scaled to the last point"),
+            (axes[1], "peak memory beyond the weights, MB", [row["peak_bytes"] / 1e6 for row in rows],
+             [row["planned_bytes"] / 1e6 for row in rows], "formula of the planner")]:
+        axis.loglog(x, found, "o-", color="0", label="measured")
+        axis.loglog(x, formula, "s--", color="0.5", label=label, markerfacecolor="none")
+        axis.set(title=title, xlabel="prompt, thousands of tokens", xticks=x, xticklabels=[f"{v:.0f}" for v in x])
+        ticks = [y for e in range(-2, 5) for y in (10**e, 2 * 10**e, 5 * 10**e) if min(found) / 2 < y < 2 * max(found)]
+        axis.set(yticks=ticks, yticklabels=[f"{y:g}" for y in ticks])
+        axis.minorticks_off()
+        axis.legend()
+    figure.tight_layout()
+    return figure
 
 
 # ---------------------------------------------------------------------------------------------------------------------- main
@@ -677,9 +873,8 @@ def deepen(path, out, seed):
     save(out, teacher, tokenizer)
 
 
-def main(cfg):
-    if cfg.plot:
-        return plot(cfg.plot)
+def check(cfg):
+    """Refuse what cannot work: now, not after the cold start."""
     if cfg.until not in ("", "data", "base", "teacher", "sft"):
         raise UserError(f"--until {cfg.until}: choose one of data, base, teacher, sft, or leave it out for the whole recipe")
     if cfg.train_len < 128 or cfg.test_len < cfg.train_len:
@@ -690,7 +885,6 @@ def main(cfg):
                         "put a power of two between them")
     if bool(cfg.student) != bool(cfg.teacher):
         raise UserError("give both --student and --teacher, or neither: the tiny ones share a tokenizer of their own")
-    # mistakes show now, not after the cold start
     rl = dict(batch=cfg.batch, group=cfg.group, max_new=cfg.max_new, micro=cfg.micro)
     grpo.check(grpo.Config(**rl, beta=cfg.beta))
     opd.check(opd.Config(**rl))
@@ -704,97 +898,144 @@ def main(cfg):
     if cfg.haystack and not cfg.student:
         raise UserError("--haystack hides the facts of the tasks for checkpoints of your own: give --student and --teacher too")
     read_haystack(cfg)
-    ctx = cfg.test_len + cfg.max_new
     if cfg.student:
-        tokenizer = Tokenizer.from_dir(cfg.student)
-        if not tokenizer.same_encoding(Tokenizer.from_dir(cfg.teacher)):
+        if not Tokenizer.from_dir(cfg.student).same_encoding(Tokenizer.from_dir(cfg.teacher)):
             raise UserError(f"the teacher {cfg.teacher} encodes text otherwise than the student {cfg.student}: choose "
                             "one of the same family")
-        check_context(ctx, *(ModelConfig.from_dir(path) for path in (cfg.student, cfg.teacher)))
-    if cfg.judge:  # found now, not after the cold start
+        check_context(cfg.test_len + cfg.max_new, *(ModelConfig.from_dir(path) for path in (cfg.student, cfg.teacher)))
+    if cfg.judge:
         ModelConfig.from_dir(cfg.judge), Tokenizer.from_dir(cfg.judge).chat([dict(role="user", content="")])
-    device, began = init(), time.time()
+
+
+def train(cfg, out, arm, places, data, watch=None):
+    """Train an arm, or what of it is still to be done -> its checkpoint. places: name -> checkpoint it may go on from."""
+    start, stage, options = arm
+    if stage is None:
+        return places[start]
+    options = options | dict(data=data[options["data"]])
+    if "teacher" in options:
+        options["teacher"] = places.get(options["teacher"], options["teacher"])
+    stage.main(stage.Config(model=places[start], out=out, seed=cfg.seed, ctx=cfg.test_len + cfg.max_new, micro=cfg.micro,
+                            save_every=cfg.save_every, resume=cfg.resume, **options), watch)
+    gc.collect()  # FSDP2's modules are cycles: without this they outlive their stage
+    return out
+
+
+def run_arms(cfg, arms, places, data, device):
+    """Train and test every arm -> rows of results.jsonl: one for its end and, with --ablate, for every --save-every steps before.
+
+    Rows are kept in out/scores/: of a run that stopped, they are not made again."""
+    test, places, found = read_examples(data["test"]), dict(places), []
+    sampling = PAPER_DECODING if cfg.student else {}
+
+    def score(model, tokenizer, progress):
+        judge = load_judge(cfg.judge, device) if cfg.judge else None
+        with whole(model) as sampler:
+            cells = evaluate(sampler, tokenizer, test, cfg.test_len + cfg.max_new, cfg.max_new, seed=cfg.seed,
+                             progress=f"{'test':8} {progress}", judge=judge, allow_code=cfg.allow_code, **sampling)
+        return dict(**summary(cells, cfg.train_len // 2), n=sum(cell["n"] for cell in cells), scores=cells)
+
+    def run_arm(name, arm):
+        """Put the arm's checkpoint into places, and return its rows."""
+        folder, file = (os.path.join(cfg.out, *parts) for parts in ([slug(name)], ["scores", f"{slug(name)}.jsonl"]))
+        rows, steps = {row["step"]: row for row in gather(read_rows(file) if rank() == 0 else None)[0]}, arm[2].get("steps", 0)
+
+        def note(step, model, tokenizer, **more):
+            if step in rows:
+                return
+            scores = score(model, tokenizer, f"{name}, step {step}")
+            rows[step] = dict(arm=name, start=arm[0], seed=cfg.seed, step=step, steps=steps, **scores, **more)
+            if rank() == 0:
+                os.makedirs(os.path.dirname(file), exist_ok=True)
+                write_rows(file, [rows[s] for s in sorted(rows)])
+
+        places[name] = folder if arm[1] else places[arm[0]]
+        if steps not in rows:
+            began = time.time()
+            train(cfg, folder, arm, places, data, note if cfg.ablate else None)
+            seconds = time.time() - began
+            rewards = [row["reward"] for row in read_rows(os.path.join(folder, "metrics.jsonl"))[1:] if "reward" in row]
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+            note(steps, *load(places[name], dtype, device), seconds=seconds, rewards=rewards)
+        return [rows[step] for step in sorted(rows)]
+
+    for name, arm in arms.items():
+        found += run_arm(name, arm)
+    return found
+
+
+def write_rows(path, rows):
+    write_file(path + ".writing", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    os.replace(path + ".writing", path)
+
+
+def slug(name):
+    return regex.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
+def run_recipe(cfg, arms, device):
+    """Everything, from the data to the rows of the table, in cfg.out -> the rows; None if --until stops it."""
     log = Log(cfg, "recipe")
-    log.begin(keep=lambda row: cfg.resume)  # of a run that stopped, the arms that are done
-
-    def at(name):
-        return os.path.join(cfg.out, name)
-
+    log.begin(keep=lambda row: False)
+    at = functools.partial(os.path.join, cfg.out)
     if not cfg.resume and rank() == 0:  # or this run, if it is killed, would be resumed with stages of the one before
-        for name in ("base", "teacher", "sft", "sft-grpo", "sft-opd", "sft-dgrpo", "dgrpo"):
+        for name in ["base", "teacher", "scores", *map(slug, arms)]:
             shutil.rmtree(at(name), ignore_errors=True)
-    if not cfg.student:
-        tokenizer = tiny_tokenizer(task_words())
-        rows = -(-tokenizer.n_vocab // 64) * 64
-        shape = ModelConfig(vocab_size=rows, max_position_embeddings=max(4096, ctx), **PRESETS["tiny-student"])
+
+    # data, and the models that the paper takes as given: a base that is good at short texts, and a better, larger teacher
+    places = dict(base=cfg.student, teacher=cfg.teacher)
+    if cfg.student:
+        tokenizer = Tokenizer.from_dir(cfg.student)
+    else:
+        tokenizer, places["init"] = tiny_tokenizer(task_words()), at("init")
+        shape = ModelConfig(vocab_size=-(-tokenizer.n_vocab // 64) * 64,
+                            max_position_embeddings=max(4096, cfg.test_len + cfg.max_new), **PRESETS["tiny-student"])
         save(at("init"), new_model(shape, cfg.seed), tokenizer)
     data = write_data(cfg, tokenizer)
-    test = read_examples(data["test"])
-    for examples in (test, read_examples(data["rl"])):
-        check_rewards(examples, cfg.judge, cfg.allow_code)
-    common = dict(ctx=ctx, seed=cfg.seed, micro=cfg.micro, save_every=cfg.save_every, resume=cfg.resume)
-
-    def fine_tune(name, model, data, steps, lr, **options):
-        sft.main(sft.Config(model=model, data=data, out=at(name), steps=steps, lr=lr, **common, **options))
-        gc.collect()  # FSDP2's modules are cycles: without this they outlive their stage
-        return at(name)
-
-    def reinforce(stage, name, model, **options):
-        stage.main(stage.Config(model=model, data=data["rl"], out=at(name), steps=cfg.rl_steps, lr=cfg.rl_lr,
-                                batch=cfg.batch, group=cfg.group, max_new=cfg.max_new, **common, **options))
-        gc.collect()
-        return at(name)
-
-    # the models that the paper takes as given: a base that is good at short texts, and a better, larger teacher
-    base, teacher = cfg.student, cfg.teacher
-    stages = ["data", "base", "teacher", "sft"]
-    last = stages.index(cfg.until) if cfg.until else len(stages)
-    if last >= 1 and not cfg.student:
-        base = fine_tune("base", at("init"), data["base"], cfg.base_steps, 3e-3, schedule="cosine", warmup=20,
-                         batch=32)
-    if last >= 2 and not cfg.teacher:
-        deepen(base, at("init-teacher"), cfg.seed)
-        teacher = fine_tune("teacher", at("init-teacher"), data["sft"], cfg.teacher_steps, 1e-3)
-
-    # the recipe, and what it is compared with; every arm has the same rollouts and steps
-    if last >= 3:
-        start = fine_tune("sft", base, data["sft"], cfg.sft_steps, cfg.sft_lr)
-    if last < len(stages):
-        if rank() == 0:
-            print(f"stopped after {cfg.until}, as --until says")
-        return
-    scoring = dict(judge=cfg.judge, allow_code=cfg.allow_code)
-    dgrpo = dict(teacher=teacher, beta=cfg.beta, **scoring)
-    arms = {"teacher": lambda: teacher, "base": lambda: base, "+SFT": lambda: start,
-            "SFT+GRPO": lambda: reinforce(grpo, "sft-grpo", start, **scoring),
-            "SFT+OPD": lambda: reinforce(opd, "sft-opd", start, teacher=teacher),
-            "SFT+dGRPO": lambda: reinforce(grpo, "sft-dgrpo", start, **dgrpo),
-            "dGRPO without SFT": lambda: reinforce(grpo, "dgrpo", base, **dgrpo)}
-    done = gather(read_rows(log.path)[1:] if rank() == 0 else None)[0]
-    results = {row["arm"]: row for row in done}
-    for arm in [arm for arm in arms if arm not in results]:
-        began_arm = time.time()
-        path = arms[arm]()
-        seconds = time.time() - began_arm
-        model, tokenizer = load(path, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
-        judge = load_judge(cfg.judge, device) if cfg.judge else None
-        rows = evaluate(model, tokenizer, test, ctx, cfg.max_new, seed=cfg.seed, progress=f"{'test':8} {arm}", judge=judge,
-                        allow_code=cfg.allow_code, **(PAPER_DECODING if cfg.student else {}))
-        results[arm] = dict(arm=arm, seed=cfg.seed, **summary(rows, cfg.train_len // 2), n=sum(row["n"] for row in rows),
-                            steps=cfg.rl_steps, seconds=seconds, scores=rows)
-        log(results[arm])
-        del model, judge  # they would take memory from the next arm's training
+    for name in ("test", "rl"):
+        check_rewards(read_examples(data[name]), cfg.judge, cfg.allow_code)
+    if cfg.until != "data" and not cfg.student:
+        options = dict(data="base", steps=cfg.base_steps, lr=3e-3, schedule="cosine", warmup=20, batch=32)
+        places["base"] = train(cfg, at("base"), ("init", sft, options), places, data)
+    if cfg.until not in ("data", "base") and not cfg.teacher:
+        places["init-teacher"] = at("init-teacher")
+        deepen(places["base"], places["init-teacher"], cfg.seed)
+        options = dict(data="teacher", steps=cfg.teacher_steps, lr=2e-3, schedule="cosine")
+        places["teacher"] = train(cfg, at("teacher"), ("init-teacher", sft, options), places, data)
+    if cfg.until == "sft":
+        train(cfg, at("sft"), arms["SFT"], places, data)
+    rows = None if cfg.until else run_arms(cfg, arms, places, data, device)
     log.close()
+    return rows
+
+
+def main(cfg):
+    if cfg.plot:
+        return plot(cfg.plot)
+    check(cfg)
+    device, began, at = init(), time.time(), functools.partial(os.path.join, cfg.out)
+    if cfg.ablate:
+        for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+            folder = at(f"seed-{seed}")
+            rows = run_recipe(dataclasses.replace(cfg, out=folder, seed=seed), ablation_arms(cfg), device)
+            if rows and rank() == 0:
+                write_rows(os.path.join(folder, "results.jsonl"), rows)
+        files = sorted(glob.glob(at("seed-*", "results.jsonl")))  # those of other processes too
+        rows = [row for file in files for row in read_rows(file)]
+    else:
+        rows = run_recipe(cfg, recipe_arms(cfg), device)
     if rank() > 0:
         return
-    results = [results[arm] for arm in arms]
-    write_file(at("results.jsonl"), "".join(json.dumps(r) + "\n" for r in results).encode())
-    write_file(at("results.md"), f"{table(results)}\n".encode())
+    if cfg.until:
+        return print(f"stopped after {cfg.until}, as --until says")
+    text = studies(rows) if cfg.ablate else table(rows)
+    write_rows(at("results.jsonl"), rows)
+    write_file(at("results.md"), f"{text}\n".encode())
     about = "" if cfg.test_data else f"; {cfg.test_n} test examples per task and length"
     if not cfg.test_data and cfg.test_len > cfg.train_len:
         about += f", {cfg.test_len} tokens is a length no stage has seen"
     minutes = (time.time() - began) / 60
-    print(f"\nMean score in %, ± standard error{about}.\n\n{table(results)}\n\nThis took {minutes:.1f} minutes; see {cfg.out}/.")
+    print(f"\nMean score in %, ± standard error{about}.\n\n{text}\n\nThis took {minutes:.1f} minutes; see {cfg.out}/.")
 
 
 if __name__ == "__main__":

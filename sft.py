@@ -74,9 +74,10 @@ def shared_document(examples):
             [len(prompt) - len(prefix) for prompt in prompts])
 
 
-def main(cfg):
+def main(cfg, watch=None):
+    """watch(step, model, tokenizer) is called every --save-every steps, see model.Run."""
     check_flags(cfg, schedule=("constant", "cosine"))
-    device, this = init(), Run(cfg, "sft")
+    device, this = init(), Run(cfg, "sft", watch)
     if this.finished:
         return
     model, tokenizer = load_student(this.source, device)

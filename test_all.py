@@ -151,6 +151,14 @@ def worst(found, true):
     return max(((a.double() - b).norm() / b.norm().clamp_min(1e-9)).item() for a, b in pairs)
 
 
+def is_exact(inputs, **options):
+    """Whether the fused numbers are within 1e-5 of fp64, or no worse than the naive twin, whose fp32 matmuls over a large
+    vocabulary are off by more on some CPUs."""
+    stats, true = naive_stats(*inputs, **options), exact(inputs, **options)
+    naive = torch.stack(stats).detach(), *torch.autograd.grad(weighted(stats, slice(0, len(inputs[0]))), inputs[:2])
+    return worst(fused(inputs, **options), true) < max(1e-5, 1.2 * worst(naive, true))
+
+
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Five rows to a chunk of V = 97, so that the loop goes round and ends on a short chunk."""
@@ -170,7 +178,7 @@ def test_statistics_and_gradients_match_fp64(N, V, kl, small_chunks, monkeypatch
     if V > 1000:  # one row a chunk would make matrix-vector products, whose own rounding is 1e-5 on some CPUs
         monkeypatch.setitem(kernels.CHUNK_BYTES, "cpu", N * (V + 16) * 4)
     inputs = head(N, V)
-    assert worst(fused(inputs, kl=kl), exact(inputs, kl=kl)) < 1e-5
+    assert is_exact(inputs, kl=kl)
 
 
 @pytest.mark.parametrize("kl", KINDS)
@@ -327,15 +335,17 @@ def test_each_way_costs_the_heads_that_it_claims(small_chunks):
 
 
 def test_beats_eager_on_the_cpu():
-    inputs, seconds = kernels.example(192, 256, 512, 50257, torch.float32, "cpu"), []
-    for loss in (lambda: token_loss(kernels.dgrpo_loss, *inputs)[0],
-                 lambda: kernels.dgrpo_loss(naive_stats(*inputs), slice(0, 192))):
-        for _ in range(2):                      # in CPU seconds, which a busy machine does not stretch
+    inputs, seconds = kernels.example(192, 256, 512, 50257, torch.float32, "cpu"), ([], [])
+    losses = (lambda: token_loss(kernels.dgrpo_loss, *inputs)[0],
+              lambda: kernels.dgrpo_loss(naive_stats(*inputs), slice(0, 192)))
+    for _ in range(5):                          # in turn, and in CPU seconds: a busy machine stretches both, and little
+        for loss, times in zip(losses, seconds):
             start = time.process_time()
             torch.autograd.grad(loss(), inputs[:2])
-            seconds.append(time.process_time() - start)
-    print(f"eager takes {seconds[3] / seconds[1]:.1f}x the CPU time")
-    assert seconds[3] > 1.4 * seconds[1]
+            times.append(time.process_time() - start)
+    ours, eager = map(min, seconds)
+    print(f"eager takes {eager / ours:.1f}x the CPU time")
+    assert eager > 1.4 * ours
 
 
 def test_jsd_is_that_of_trl():
@@ -383,7 +393,7 @@ def test_triton_matches_fp64(N, V, kl, triton_path, small_chunks, monkeypatch):
         monkeypatch.setitem(kernels.CHUNK_BYTES, "cpu", N * (V + 16) * 4)
     inputs = head(N, V, device=DEVICE)
     options = dict(kl=kl, jsd_weight=0.3, temperature=0.8 if V == 97 else 1.0)
-    assert worst(fused(inputs, **options), exact(inputs, **options)) < 1e-5
+    assert is_exact(inputs, **options)
 
 
 @pytest.mark.parametrize("kl", KINDS)
@@ -2578,11 +2588,11 @@ def test_the_expected_gradient_of_every_kl_of_grpo_is_the_enumerated_one(kl, tem
     logp = (zs / temperature).log_softmax(-1)
     cfg = grpo.Config(kl=kl, beta=0.3, temperature=temperature)
     every = [Completion([v], [logp[v].item()], True) for v in range(5)]      # each as often as it is sampled
-    s = grpo.build_stream([(prompt, every)], torch.zeros(5), logp.exp().detach(), teacher, cfg, "cpu")
+    s = grpo.build_stream([(prompt, every)], torch.zeros(5), logp.exp().detach(), teacher, cfg.beta, cfg, "cpu")
     full = dict(kl=kl, teacher_hidden=s.teacher_hidden, teacher_weight=teacher.head_weight)
     stats = token_stats(student(s.pack)[s.pack.rows], student.head_weight, s.pack.targets,
                         temperature=temperature, **full if s.logp_teacher is None else {})
-    found = gradients(student, grpo.stream_loss(s, stats, slice(None), cfg, first=True))
+    found = gradients(student, grpo.stream_loss(s, stats, slice(None), cfg.beta, cfg, first=True))
     name = "reverse" if kl in ("k1", "k2") else kl
     close(found, gradients(student, 0.3 * exact_kl(zs / temperature, zt / temperature, name)), 1e-4)
 
@@ -2635,11 +2645,11 @@ ADVANTAGE = (1.0, -1.0, 0.5, 0.3, -0.7, 0.4)
 def stream_gradient(cfg, teacher=None, first=True, logp_first=None, advantage=ADVANTAGE):
     """(loss, its gradient, the Stream, its statistics) of `tiny_rollout` under a configuration of grpo.py."""
     student, weight = tiny_model(), torch.tensor([0.1, 0.2, 0.05, 0.3, 0.15, 0.2])
-    s = grpo.build_stream(tiny_rollout(student), torch.tensor(advantage), weight, teacher, cfg, "cpu")
+    s = grpo.build_stream(tiny_rollout(student), torch.tensor(advantage), weight, teacher, cfg.beta, cfg, "cpu")
     s.logp_first = logp_first
     taught = (s.teacher_hidden, teacher.head_weight) if teacher else ()
     stats = token_stats(student(s.pack)[s.pack.rows], student.head_weight, s.pack.targets, *taught)
-    loss = grpo.stream_loss(s, stats, slice(None), cfg, first)
+    loss = grpo.stream_loss(s, stats, slice(None), cfg.beta, cfg, first)
     return loss.detach(), gradients(student, loss), s, stats
 
 
@@ -2651,6 +2661,33 @@ def test_dgrpo_is_grpo_plus_beta_times_the_kl():
     assert stats.kl.min() > 0 and kl == pytest.approx((s.weight * stats.kl).sum().item(), rel=1e-6)
     assert both.item() == pytest.approx((plain + 0.7 * kl).item(), rel=1e-5)
     close(both_gradient, plain_gradient + 0.7 * kl_gradient)
+
+
+@pytest.mark.parametrize("kl", ["reverse", "k2", "k1"])
+def test_the_kl_can_be_taken_on_the_first_share_of_every_completion_alone(kl):
+    student, teacher = tiny_model(), tiny_model(1)
+    groups = tiny_rollout(student)
+    lengths = [len(c.tokens) for _, completions in groups for c in completions]
+    early = torch.tensor([t / n < 0.3 for n in lengths for t in range(n)])
+    assert 6 <= early.sum() < 0.5 * len(early)              # at least the first token of each
+    cfg, zero, weight = grpo.Config(kl=kl, beta=0.7, kl_first=0.3), torch.zeros(6), torch.full((6,), 0.2)
+    s = grpo.build_stream(groups, zero, weight, teacher, cfg.beta, cfg, "cpu")
+    taught = (s.teacher_hidden, teacher.head_weight) if kl == "reverse" else ()
+    stats = token_stats(student(s.pack)[s.pack.rows], student.head_weight, s.pack.targets, *taught)
+    found = gradients(student, grpo.stream_loss(s, stats, slice(None), cfg.beta, cfg, first=True))
+    logp, logq = packed_logp(student, s.pack), packed_logp(teacher, s.pack).detach()
+    if kl == "reverse":
+        every = token_stats(student(s.pack)[s.pack.rows], student.head_weight, s.pack.targets, *taught).kl
+    else:                                                   # k1: a policy gradient, clipped where the sampler was far off
+        rho, cost = (logp - s.logp_old).exp(), s.logp_old - logq
+        every = (logp - logq).square() / 2 if kl == "k2" else torch.max(rho * cost, rho.clamp(0.8, 1.2) * cost)
+    close(found, gradients(student, 0.7 * 0.2 * every[early].sum()))
+
+
+def test_beta_stays_or_falls_to_zero():
+    falling = grpo.Config(beta=0.8, steps=4, beta_schedule="linear")
+    assert [grpo.beta_at(step, falling) for step in range(4)] == pytest.approx([0.8, 0.6, 0.4, 0.2])
+    assert {grpo.beta_at(step, grpo.Config(beta=0.8, steps=4)) for step in range(4)} == {0.8}
 
 
 def test_truncated_importance_weights_correct_the_samplers_log_probs_as_constants():
@@ -2676,7 +2713,7 @@ def test_after_the_first_update_the_ratio_is_taken_to_the_trainers_first_value()
 def test_the_stop_token_carries_loss():
     student = tiny_model()
     groups = tiny_rollout(student)
-    s = grpo.build_stream(groups, torch.ones(6), torch.full((6,), 0.5), None, grpo.Config(), "cpu")
+    s = grpo.build_stream(groups, torch.ones(6), torch.full((6,), 0.5), None, 0.5, grpo.Config(), "cpu")
     completions = [c for _, group in groups for c in group]
     assert s.pack.targets.tolist() == sum((c.tokens for c in completions), []) and (s.weight == 0.5).all()
     assert {c.tokens[-1] for c in completions if c.finished} == {3, 7}
@@ -3249,7 +3286,7 @@ def test_the_mixture_holds_its_share_at_every_point():
 # ------------------------------------------------------------------------------------------------------ recipe: end to end
 
 TINY = dict(base_steps=1, teacher_steps=1, sft_steps=2, rl_steps=1, batch=2, group=2, max_new=8, test_n=1)
-ARMS = ["teacher", "base", "+SFT", "SFT+GRPO", "SFT+OPD", "SFT+dGRPO", "dGRPO without SFT"]
+ARMS = ["teacher", "base", "SFT", "SFT+GRPO", "SFT+OPD", "SFT+dGRPO", "dGRPO without SFT"]
 
 
 @pytest.fixture(scope="session")
@@ -3282,7 +3319,7 @@ def test_the_recipe_ends_in_a_table_and_a_second_run_in_the_same(runs):
 
 
 def test_every_stage_of_the_recipe_leaves_a_checkpoint_and_its_metrics(runs):
-    stages = dict(base=1, teacher=1, sft=2, dgrpo=1) | {"sft-grpo": 1, "sft-opd": 1, "sft-dgrpo": 1}
+    stages = dict(base=1, teacher=1, sft=2) | {"sft-grpo": 1, "sft-opd": 1, "sft-dgrpo": 1, "dgrpo-without-sft": 1}
     for name, steps in stages.items():
         load(runs[0] / name)
         head, *rows = read_lines(runs[0] / name / "metrics.jsonl")
@@ -3327,9 +3364,103 @@ def test_scores_of_the_table_are_means_over_tasks_and_lengths():
     assert "hops 128" in lines[0] and lines[2].startswith("| base | 75.0 ± 25.0 | 25.0 ± 10.0 | 50 ± 30 |")
 
 
+# ------------------------------------------------------------------------------------------------- recipe: ablation, figures
+
+@pytest.fixture
+def few_arms(monkeypatch):
+    """--ablate with one more beta and two more mixtures, on small models."""
+    small = {name: shape | dict(hidden_size=32, intermediate_size=64) for name, shape in recipe.PRESETS.items()}
+    studies = {title: [arm for arm in arms if arm not in ("beta 0.1", "beta 1", "beta 2", "beta 4")
+                       and not re.match("10 |25|50|75", arm)] for title, arms in recipe.STUDIES.items()}
+    mixture = recipe.mixture
+    for name, value in dict(PRESETS=small, SHARES=(0, 100), BETAS=(0.25,), STUDIES=studies,
+                            mixture=lambda *args: itertools.islice(mixture(*args), 200)).items():
+        monkeypatch.setattr(recipe, name, value)
+    for module in (rollout, grpo):
+        monkeypatch.setattr(module, "rewards_of", pseudo_rewards)
+    return dict(TINY, ablate=True, seeds=2, rl_steps=3, save_every=2)
+
+
+def test_the_ablation_ends_in_tables_and_figures_however_often_it_is_stopped(few_arms, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    out, straight, main = tmp_path / "out", tmp_path / "straight", grpo.main
+    for until in (2,):                                      # a power cut, and a row half written
+        runs = itertools.count()
+        monkeypatch.setattr(grpo, "main", lambda *args: power_cut() if next(runs) == until else main(*args))
+        with pytest.raises(InterruptedError):
+            recipe.main(recipe.Config(out=str(out), **few_arms))
+        with open(out / "seed-0" / "scores" / "sft-grpo.jsonl", "a") as f:
+            f.write('{"arm": "SFT+GR')
+    trained = []
+    monkeypatch.setattr(grpo, "main", lambda cfg, watch: trained.append(cfg.out) or main(cfg, watch))
+    recipe.main(recipe.Config(out=str(out), **few_arms))
+    assert not any(path.endswith(("seed-0/sft-grpo", "seed-0/sft-dgrpo")) for path in trained)        # they were done
+    monkeypatch.setattr(grpo, "main", main)
+    recipe.main(recipe.Config(out=str(straight), **few_arms))
+    rows, again = (read_lines(path / "results.jsonl") for path in (straight, out))
+    for row in rows + again:
+        row.pop("seconds", None)
+    assert rows == again and (out / "results.md").read_text() == (straight / "results.md").read_text()
+
+    arms = recipe.ablation_arms(recipe.Config(**few_arms))
+    assert {(row["arm"], row["seed"]) for row in rows} == {(arm, seed) for arm in arms for seed in (0, 1)}
+    assert [row["step"] for row in rows if (row["arm"], row["seed"]) == ("SFT+dGRPO", 1)] == [2, 3]
+    assert {len(row["rewards"]) for row in rows if row["arm"] == "SFT+dGRPO" and row["step"] == 3} == {3}
+    text = (out / "results.md").read_text()
+    assert all(f"| {arm} | " in text for arm in itertools.chain(*recipe.STUDIES.values()))
+    (out / "bench.jsonl").write_text("".join(json.dumps(dict(
+        task="train", who="ours", P=P, flops=P, seconds=P / 9, peak_bytes=P * 10**6, planned_bytes=P)) + "\n" for P in (1, 2)))
+    recipe.main(recipe.Config(plot=str(out)))
+    drawn = {path.name: path.read_bytes() for path in out.glob("*.png")}
+    assert drawn.keys() == {"steps.png", "studies.png", "bench.png"}
+    assert all(data.startswith(b"\x89PNG") and len(data) > 10**4 for data in drawn.values())
+    recipe.main(recipe.Config(plot=str(out / "seed-1" / "sft-dgrpo")))
+    assert (out / "seed-1" / "sft-dgrpo" / "metrics.png").exists()
+
+    for broken, message in [(rows[:-1], "lacks arms"), ([{"arm": "base", "seed": 0}], "another version: its rows lack long")]:
+        (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in broken))
+        with pytest.raises(UserError, match=message):
+            recipe.main(recipe.Config(plot=str(tmp_path)))
+
+
+def test_nothing_to_draw_and_no_matplotlib_are_said(tmp_path, monkeypatch):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="no run with steps, no results.jsonl of --ablate, and no bench.jsonl"):
+            recipe.main(recipe.Config(plot=str(path)))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        recipe.main(recipe.Config(plot=str(tmp_path)))
+
+
+def test_studies_compare_arms_seed_by_seed():
+    rows = [dict(arm=arm, seed=seed, step=3, steps=3, long=long, short=0.5)
+            for arm, scores in [("SFT+dGRPO", (0.4, 0.6, 0.8)), ("SFT+GRPO", (0.3, 0.4, 0.5)), ("SFT+OPD", (0.5, 0.7))]
+            for seed, long in enumerate(scores)] + [dict(arm="SFT+GRPO", seed=0, step=2, steps=3, long=9.0, short=9.0)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "STUDIES", {"One": ["SFT+GRPO", "SFT+dGRPO", "SFT+OPD"]})
+        lines = recipe.studies(rows).split("\n")
+    error = 100 * statistics.stdev([-0.1, -0.2, -0.3]) / math.sqrt(3)
+    assert lines[2] == f"| SFT+GRPO | 40.0 ± 5.8 | 50.0 ± 0.0 | -20.0 ± {error:.1f} | +0.0 ± 0.0 | 3 |"
+    assert lines[3] == "| SFT+dGRPO | 60.0 ± 11.5 | 50.0 ± 0.0 |  |  | 3 |"
+    assert lines[4] == "| SFT+OPD | 60.0 ± 10.0 | 50.0 ± 0.0 | +10.0 ± 0.0 | +0.0 ± 0.0 | 2 |"
+
+
+def test_every_arm_differs_from_the_others_and_every_study_from_its_reference(tmp_path):
+    cfg = recipe.Config()
+    arms = recipe.ablation_arms(cfg)
+    assert {*itertools.chain(*recipe.STUDIES.values())} <= arms.keys() and len({*map(recipe.slug, arms)}) == len(arms)
+    settings = [json.dumps([start, stage and stage.__name__, options], sort_keys=True) for start, stage, options in arms.values()]
+    assert len(set(settings)) == len(arms)
+    for start, stage, options in arms.values():
+        assert start in arms                                # and every option is one of its stage
+        if stage:
+            stage.Config(**options)
+            assert options["steps"] == (cfg.rl_steps if options["data"].startswith("rl") else cfg.sft_steps)
+
+
 # ------------------------------------------------------------------------------------------------------ runs that survive
 
-def interrupted(stage, cfg, at, cut):
+def interrupted(stage, cfg, at, cut, watch=None):
     """Run a stage, and call cut() when it logs step `at`; what that raises is the caller's."""
     with pytest.MonkeyPatch.context() as patch:
         log = model.Run.log
@@ -3340,7 +3471,7 @@ def interrupted(stage, cfg, at, cut):
                 cut()
 
         patch.setattr(model.Run, "log", log_and_cut)
-        stage.main(cfg)
+        stage.main(cfg, watch)
 
 
 def power_cut():
@@ -3651,6 +3782,20 @@ def test_a_rank_that_fails_ends_the_run_with_its_message(job, message, world, tm
     assert output.count(message) == 1 if job != "kill" else message in output
 
 
+@pytest.mark.parametrize("name", ["sft", "grpo", "opd"])
+def test_a_run_is_watched_at_every_checkpoint_and_is_not_changed_by_it(name, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "rewards_of", pseudo_rewards)
+    stage, seen = getattr(recipe, name), []
+    def watch(step, student, tokenizer):
+        seen.append(step)
+        generate(student, [[1, 2]], 1, 3)
+    with pytest.raises(InterruptedError):                   # stopped in step 3, it goes on from step 2 and is watched again
+        interrupted(stage, long_run(stage, world, tmp_path / "out", save_every=2), 3, power_cut, watch)
+    stage.main(long_run(stage, world, tmp_path / "out", save_every=2), watch)
+    stage.main(long_run(stage, world, tmp_path / "straight", save_every=2))
+    assert seen == [2, 2, 4] and same_weights(tmp_path / "out", tmp_path / "straight")
+
+
 def test_a_second_signal_ends_at_once(world, tmp_path):
     process = spawn(tmp_path, world, "slow", tmp_path / "out")
     wait_for(lambda: (tmp_path / "out" / "step-000002").exists())
@@ -3684,7 +3829,7 @@ def test_a_recipe_killed_at_random_moments_ends_as_the_undisturbed_one(world, tm
         hits["saving" if left else "between"] += 1
     print(f"{kills} kills: {dict(hits)}")
     finish(spawn(tmp_path, world, "recipe", tmp_path / "killed"))
-    for name in ("base", "teacher", "sft", "sft-grpo", "sft-opd", "sft-dgrpo", "dgrpo"):
+    for name in ("base", "teacher", "sft", "sft-grpo", "sft-opd", "sft-dgrpo", "dgrpo-without-sft"):
         a, b = tmp_path / "undisturbed" / name, tmp_path / "killed" / name
         assert same_weights(a, b) and untimed(a / "metrics.jsonl") == untimed(b / "metrics.jsonl")
     assert not list(tmp_path.glob("killed/**/*.writing")) + list(tmp_path.glob("killed/**/step-*"))
