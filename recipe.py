@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import grpo, opd, sft
 from model import (PRESETS, QWEN_PATTERN, Log, Tokenizer, UserError, barrier, check_context, check_flags, gather, init, load,
-                   new_model, rank, read_rows, run, save, tiny_tokenizer, whole, write_file)
+                   new_model, rank, read_rows, run, save, tiny_tokenizer, whole, write_file, writing)
 from model import Config as ModelConfig
 from rollout import (PAPER_DECODING, check_rewards, demonstration, evaluate, load_judge, prompt_messages, read_examples,
                      read_text)
@@ -566,9 +566,9 @@ def write_data(cfg, tokenizer):
         if cfg.resume and os.path.exists(paths[name]):  # whole, and of the same configuration
             continue
         os.makedirs(os.path.dirname(paths[name]), exist_ok=True)
-        with open(paths[name] + ".writing", "w", encoding="utf-8", errors="replace") as f:  # a lone surrogate becomes "?"
+        with writing(paths[name]), open(paths[name] + ".writing", "w", encoding="utf-8", errors="replace") as f:
             for examples in tqdm(lists, desc=f"{'data':8} {paths[name]}", unit=" documents"):
-                f.writelines(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
+                f.writelines(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)  # surrogates become "?"
         if not os.path.getsize(paths[name] + ".writing"):
             raise UserError(f"{paths[name]} would be empty: no example fits into --train-len {cfg.train_len}")
         os.replace(paths[name] + ".writing", paths[name])

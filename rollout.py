@@ -136,6 +136,10 @@ def check_example(example, response_field, where):
         except (KeyError, ValueError) as error:
             raise UserError(f"{where}: no such constraint: {error}; there are, with ': argument': {', '.join(CONSTRAINTS)}"
                             ) from None
+        for answer in answers:
+            name, _, argument = answer.partition(":")
+            if not argument.strip() and name.strip() not in ("no_commas", "lower_case"):
+                raise UserError(f"{where}: constraint {answer!r:.80} needs an argument, as in 'includes: cat'")
     return rules
 
 
@@ -753,7 +757,8 @@ def run_tests(text, tests, seconds=10):
 
     They run in a process of their own, in an empty directory, with the standard library only: 10 s, 1 GiB, no other process
     or thread, no file written or deleted, no network. That keeps mistakes from doing harm; against malice use a container.
-    The end is reached when a random token is printed, so an early exit(0) has not passed."""
+    The end is reached when a random token is printed, so an early exit(0) has not passed; a program that searches the
+    interpreter's frames for the token can still lie."""
     blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", text, re.S)
     if not blocks:
         return "no code block"
@@ -807,7 +812,8 @@ def load_judge(path, device):
             verdicts[p] = float(written) if completion.finished and written in ("0", "1") else "unparsable verdict"
         return [verdicts[p] for p in prompts]
 
-    ids_of("")  # a checkpoint without chat template is refused now
+    if tokenizer.decode(ids_of("")).endswith("<think>\n"):  # a checkpoint without chat template is refused here too
+        raise UserError(f"--judge {path} always thinks before it answers: take one that can do without, such as Qwen3-4B")
     return judge
 
 
@@ -1237,6 +1243,8 @@ def main(cfg):
     ids = tokenizer.chat(chat, cfg.think) if cfg.chat else tokenizer.bos + tokenizer.encode(text)
 
     def show(_, i, completion):
+        if rank() > 0:
+            return
         end = "" if completion.finished else f"\n[cut off at {cfg.max_new} tokens, see --max-new]"
         print(f"--- completion {i + 1} of {cfg.n}\n{completion_text(tokenizer, completion)}{end}", flush=True)
 
@@ -1244,8 +1252,9 @@ def main(cfg):
     completions = generate(model, [ids], cfg.n, cfg.max_new, cfg.temperature, cfg.top_p, cfg.top_k, cfg.min_p,
                            cfg.presence_penalty, tokenizer.stop_ids, cfg.seed, on_done=show)[0]
     seconds, count = time.time() - began, sum(len(c.tokens) for c in completions)
-    print(f"--- {len(ids)} prompt tokens, {count} new tokens in {seconds:.1f} s: {count / seconds:.1f} new tokens/s",
-          file=sys.stderr)
+    if rank() == 0:
+        print(f"--- {len(ids)} prompt tokens, {count} new tokens in {seconds:.1f} s: {count / seconds:.1f} new tokens/s",
+              file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -2267,6 +2267,12 @@ def test_a_judge_is_a_checkpoint_that_grpo_asks_and_whose_silence_is_logged(worl
     bare = Tokenizer(TOKENIZER.files | {"tokenizer_config.json": b"{}"}, where="bare")
     save(str(tmp_path / "bare"), tiny_model(vocab=bare.n_vocab), bare)
     refuse(grpo, tmp_path / "out", "bare has no chat template", **options, judge=str(tmp_path / "bare"))
+    config = json.loads(TOKENIZER.files["tokenizer_config.json"])
+    forced = config["chat_template"].split("{%- if enable_thinking")[0] + "{{- '<think>\\n' }}{%- endif %}"
+    forced = forced.replace("assistant\\n' }}{{- '", "assistant\\n")
+    files_of = TOKENIZER.files | {"tokenizer_config.json": json.dumps(config | dict(chat_template=forced)).encode()}
+    save(str(tmp_path / "thinker"), tiny_model(vocab=TOKENIZER.n_vocab), Tokenizer(files_of))
+    refuse(grpo, tmp_path / "out", "thinker always thinks before it answers", **options, judge=str(tmp_path / "thinker"))
     grpo.main(grpo.Config(**options, judge=world.teacher, out=str(tmp_path / "out")))
     row = read_lines(tmp_path / "out" / "metrics.jsonl")[-1]
     assert row["reward"] == 0 and sum(n for key, n in row.items() if key.startswith("unscored: ")) == 4
@@ -3992,6 +3998,7 @@ def test_an_example_without_demonstration_or_with_an_unknown_reward_is_refused(w
     refuse(grpo, out, "line 2: unknown reward 'magic'; there are: exact", **files(world, grpo) | data)
     for reward, answer, match in [("exact+", "Bob", "line 1: unknown reward ''"), ("judge+magic", "Bob", "unknown reward 'magic'"),
                                   ("constraints", "max_words: ten", "line 1: no such constraint"),
+                                  ("constraints", ["no_commas", "includes: "], "line 1: constraint 'includes: ' needs an argument"),
                                   ("exact+constraints", ["no_commas", "rhyme"], "line 1: no such constraint: 'rhyme'")]:
         write_lines(tmp_path / "data.jsonl", [dict(line, reward=reward, answer=answer)])
         refuse(grpo, out, re.escape(match) if "''" in match else match, **files(world, grpo) | data)
