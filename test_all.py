@@ -4113,3 +4113,40 @@ def test_a_directory_of_somebody_else_is_left_alone(world, tmp_path):
     with pytest.raises(UserError, match="is not empty and holds no run of ours"):
         sft.main(sft.Config(**files(world, sft), out=str(tmp_path)))
     assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+# -------------------------------------------------------------------------------------------------------------------- README
+
+def blocks_of_the_readme(language):
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as f:
+        return re.findall(rf"```{language}\n(.*?)```", f.read(), re.S)
+
+
+def test_excerpts_in_the_readme_are_the_code():
+    sources = [open(os.path.join(HERE, f"{name}.py"), encoding="utf-8").read() for name in ORDER]
+    excerpts = [block for block in blocks_of_the_readme("python") if not block.startswith('"""')]
+    assert len(excerpts) >= 5 and all(any(block in source for source in sources) for block in excerpts)
+
+
+def test_flags_in_the_readme_exist():
+    text = "\n".join(blocks_of_the_readme("bash")).replace("\\\n", " ")
+    found = [(name, flag) for name, rest in re.findall(r"(\w+)\.py( [^\n#&]*)", text)
+             for flag in re.findall(r"--([a-z][a-z-]*)", rest) if name in SCRIPTS]
+    assert len(found) > 40
+    for name, flag in found:
+        assert flag.replace("-", "_").removeprefix("no_") in sys.modules[name].Config.__dataclass_fields__, (name, flag)
+
+
+def test_a_task_and_a_reward_of_ones_own_take_thirty_lines(tmp_path, monkeypatch, capsys):
+    source, = [block for block in blocks_of_the_readme("python") if block.startswith('"""')]
+    assert sum(bool(line.strip()) for line in source.splitlines()) <= 30
+    save(str(tmp_path / "out" / "base"), tiny_model(vocab=TOKENIZER.n_vocab), TOKENIZER)
+    source = source.replace("steps=60", "steps=1").replace("2000", "40").replace("200)", "3)")
+    (tmp_path / "mine.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mine.py"])
+    monkeypatch.setattr(rollout, "REWARDS", dict(rollout.REWARDS))
+    runpy.run_path("mine.py", run_name="__main__")
+    table = capsys.readouterr().out
+    assert table.count("count ") == 3 and "out/count-grpo" in table and "near: no number announced" in table
+    assert rollout.score(dict(question="?", answer="7", reward="near"), "Answer: 5") == 0.5
