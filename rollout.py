@@ -16,9 +16,8 @@ prompt then is one more key:
     python rollout.py --model DIR --eval FILE... --runs 5 --max-new 32768  scores, decoded as in the paper
     python rollout.py --bench                                              speed and memory beside naive twins
 """
-import cmath, copy, itertools, json, math, multiprocessing, os, random, re, secrets, string, subprocess, \
-    sys, tempfile, time
-import unicodedata
+import cmath, copy, itertools, json, math, multiprocessing, os, random, re, secrets, string, subprocess, sys
+import tempfile, time, unicodedata
 from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -173,6 +172,7 @@ def prompt_messages(example):
 
 
 def demonstration(example, field):
+    """The text to learn from: that column, or a conversation's last turn of the assistant. None without one."""
     if "messages" in example and field not in example:
         return example["messages"][-1]["content"] if example["messages"][-1]["role"] == "assistant" else None
     return example.get(field)
@@ -237,7 +237,7 @@ SHARE_BYTES = {"cpu": 2e6, "cuda": 6e7}  # see Cache.start; CUDA's is computed (
 @dataclass
 class Completion:
     tokens: list       # the last one is a stop id if finished
-    logps: list        # log-prob of each under softmax(logits / temperature), what the trainer computes
+    logps: list        # log-prob of each under softmax(logits / temperature), as in training (greedy: as at 1)
     finished: bool     # False: cut off at max_new_tokens
 
 
@@ -265,7 +265,8 @@ class Cache:
     """Keys and values of some prompts, each stored once, and of S running completions of them.
 
     prompts[layer][u]   [2, K, P_u, C]    keys and values
-    own[layer]          [2, S, K, L, C]   those of the completions, which stand in the order of their prompts
+    own[layer]          [2, S, K, L, C]   those of the completions, in the order of their prompts, with room
+                                          for L tokens each
     counts[u]                             running completions of prompt u
     at [1], mask [S, 1, 1, L]             where in L the next token goes; 0 where a completion may look,
                                           elsewhere -inf
@@ -332,8 +333,7 @@ class Cache:
 
     def _attend_prompts(self, layer, q, k, v):
         """Each segment (prompt, start, end) sees itself causally, and what was stored of its prompt before.
-        The two parts are weighed by their shares of the whole denominator:
-        e^b / (e^a + e^b) = sigmoid(b - a)."""
+        With a and b the logs of their denominators, the second weighs e^b / (e^a + e^b) = sigmoid(b - a)."""
         out, sizes, (H, K) = [], [end - start for _, start, end in self.segments], (q.shape[1], k.shape[1])
         for (u, start, end), q, k, v in zip(self.segments, q.split(sizes), k.split(sizes), v.split(sizes)):
             store, q, kv = self.prompts[layer][u], q.transpose(0, 1), torch.stack([k, v]).transpose(1, 2)
@@ -504,10 +504,10 @@ def generate(model, prompts, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0
     done, seed = {}, seed if isinstance(seed, (tuple, list)) else (seed,)
     numbers = range(len(prompts)) if numbers is None else numbers
 
-    def finish(which, tokens, logps, finished):
-        done[which] = Completion(tokens, logps, finished)
+    def finish(name, tokens, logps, finished):
+        done[name] = Completion(tokens, logps, finished)
         if on_done:
-            on_done(*which, done[which])
+            on_done(*name, done[name])
 
     waves, room = [], 0  # longest first: waves of similar length
     for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
@@ -523,7 +523,7 @@ def generate(model, prompts, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0
         noise = np.stack([np.random.default_rng([*seed, numbers[i], j])
                           .random(max_new_tokens, dtype=np.float32) for i, j in names])
         sample_wave(model, [prompts[i] for i in wave], n, noise, sampling, presence_penalty, stop_ids, chunk,
-                    lambda which, *rest: finish(names[which], *rest))
+                    lambda index, *rest: finish(names[index], *rest))
     return [[done[i, j] for j in range(n)] for i in range(len(prompts))]
 
 
@@ -550,7 +550,7 @@ def sample_wave(model, prompts, n, noise, sampling, penalty, stop_ids, chunk, fi
     ended, step = np.zeros(count, dtype=bool), None
 
     for t in range(1, max_new_tokens + 1):
-        for i, stop in zip(which, batch.stopped.cpu().numpy()):                     # the step's only transfer
+        for i, stop in zip(which, batch.stopped.cpu().numpy()):                   # the only transfer of every step
             if (stop or t == max_new_tokens) and not ended[i]:
                 ended[i] = True
                 finish(i, batch.written[i, :t].tolist(), batch.logps[i, :t].tolist(), bool(stop))
@@ -656,7 +656,7 @@ def set_f1(text, wanted):
 def sequence(text, wanted):
     """F1 of the longest common subsequence of the pieces: order counts, extra ones cost.
 
-    sequence("Answer: Bob, Eve, Dan", ["Bob", "Dan"]) = 2 * 2 / (3 + 2) = 0.8"""
+    Only the announced answer counts. sequence("Answer: Bob, Eve, Dan", ["Bob", "Dan"]) = 2 * 2 / (3 + 2)"""
     found, wanted = pieces(announced(text)), pieces(", ".join(wanted))
     best = [0] * (len(wanted) + 1)  # best[j]: longest common subsequence of `found` so far with wanted[:j]
     for item in found:
@@ -708,7 +708,7 @@ def plain_math(latex):
 
 def exact_value(text):
     """A number, or a fraction of two, as a Fraction; None for anything else.
-    Powers of ten could fill the memory."""
+    No exponents: 1e999999999 would fill the memory."""
     number = r"[-+]?(?:\d{1,99}\.?\d{0,99}|\.\d{1,99})"
     match = re.fullmatch(rf"([-+]?)\(*({number})\)*(?:/\(*({number})\)*)?", text)
     if match and (below := Fraction(match[3] or 1)):
@@ -878,7 +878,8 @@ def load_judge(path, device):
     return judge
 
 
-# field `reward` of an example -> rule; several names joined by + count as the best of them
+# field `reward` of an example -> rule; several names joined by + count as the best of them. The judge is no
+# rule and stands here for its name: grade_all asks it, in batches
 REWARDS = dict(exact=exact, substring=substring, f1=token_f1, recall=recall, set=set_f1, sequence=sequence,
                choice=choice, math=boxed_math, constraints=constraints, code=run_tests, judge=load_judge)
 
@@ -927,7 +928,8 @@ def rewards_of(examples, texts, judge=None, allow_code=False, guard=True):
     share, and all get everything."""
     graded = share_out(lambda mine: grade_all([examples[i] for i in mine], [texts[i] for i in mine],
                                               judge, allow_code, guard), [len(text) for text in texts])
-    return [reward for reward, _ in graded], Counter(reason for _, why in graded for reason in why)
+    return ([reward for reward, _ in graded],
+            Counter(reason for reward, why in graded if reward == 0 for reason in why))
 
 
 def grade_all(examples, texts, judge, allow_code, guard):
@@ -1155,7 +1157,7 @@ def bench_case(shape, task, sizes, twins, device, dtype, rates):
         seconds = medians([functions[name] for name in names], device)
         flops = 3 * (prompt + completions)
         need = memory_needed(model.config, P + G * R, G * R, device.type, model.checkpointing)["update"]
-        planned = need["gradients"] + need["activations"]  # for ours, as peak_bytes: beyond the weights
+        planned = need["gradients"] + need["activations"]  # of ours; as peak_bytes, beyond the weights
         found = [dict(seconds=s, train_tokens_s=(P + G * R) / s, flops=flops, flop_share=flops / s / matmuls,
                       planned_bytes=planned) for s in seconds]
     else:
