@@ -4,24 +4,26 @@ The recipe: data, a base model and a teacher, then every arm of the comparison, 
     data ->  base  ->  SFT cold start  ->  GRPO  |  OPD  |  dGRPO        (and dGRPO without the cold start)
              teacher: larger, trained longer -------^-------^
 
-Both stages see a mixture of 10 % short and 90 % long examples by tokens (paper, section 3.3), so that long-context
-reasoning rises and the short-context skill stays.
+Both stages see a mixture of 10 % short and 90 % long examples by tokens (paper, section 3.3), so that
+long-context reasoning rises and the short-context skill stays.
 
-The laptop run trains everything from scratch on tasks made here (`pile`): a document is a shuffled pile of pairs ("Ada
-Bob.") and idle sentences, and a question needs several of them:
+The laptop run trains everything from scratch on tasks made here (`pile`): a document is a shuffled pile of
+pairs ("Ada Bob.") and idle sentences, and a question needs several of them:
 
-    hops      follow h links through the pairs                     "Start at Ada and take three steps. Who is it?"
-    latest    where a thing is that was moved about, or none       "Where is the coin now?"
-    chain     write out the links one after the other              "List the next four after Ada."
+    hops      follow h links through the pairs                 "Start at Ada and take three steps. Who is it?"
+    latest    where a thing is that was moved about, or none   "Where is the coin now?"
+    chain     write out the links one after the other          "List the next four after Ada."
 
-Checkpoints of your own learn LongBlocks' five kinds of question on plain sentences in four languages (`archive`): summary,
-retrieval, multihop, comprehensive, classification; they are tested on these and on RULER's synthetic tasks. The sentences
-are hidden in idle ones, or with --haystack in texts of yours. Three short tasks without a document (sum, reverse, copy)
-stand for the skills that must not be forgotten. --long-data, --short-data and --test-data take examples from files instead.
+Checkpoints of your own learn LongBlocks' five kinds of question on plain sentences in four languages
+(`archive`): summary, retrieval, multihop, comprehensive, classification; they are tested on these and on
+RULER's synthetic tasks. The sentences are hidden in idle ones, or with --haystack in texts of yours. Three
+short tasks without a document (sum, reverse, copy) stand for the skills that must not be forgotten.
+--long-data, --short-data and --test-data take examples from files instead.
 
-    python recipe.py                                               the laptop: 2 cores, about 9 minutes
-    python recipe.py --until sft                                   only what `python grpo.py` and `python opd.py` start from
-    python recipe.py --student DIR --teacher DIR --train-len 8192 --test-len 16384      with checkpoints of your own
+    python recipe.py                        the laptop: 2 cores, about 9 minutes
+    python recipe.py --until sft            only what `python grpo.py` and `python opd.py` start from
+    python recipe.py --student DIR --teacher DIR --train-len 8192 --test-len 16384
+                                            with checkpoints of your own
 """
 import bisect, dataclasses, functools, gc, glob, itertools, json, math, os, shutil, string, sys, time
 from collections import Counter
@@ -34,22 +36,23 @@ import torch
 from tqdm import tqdm
 
 import grpo, opd, sft
-from model import (PRESETS, QWEN_PATTERN, Log, Tokenizer, UserError, barrier, check_context, check_flags, gather, init, load,
-                   new_model, rank, read_rows, run, save, tiny_tokenizer, whole, write_file, writing)
+from model import (PRESETS, QWEN_PATTERN, Log, Tokenizer, UserError, barrier, check_context, check_flags,
+                   gather, init, load, new_model, rank, read_rows, run, save, tiny_tokenizer, whole,
+                   write_file, writing)
 from model import Config as ModelConfig
-from rollout import (PAPER_DECODING, check_rewards, demonstration, evaluate, load_judge, prompt_messages, read_examples,
-                     read_text)
+from rollout import (PAPER_DECODING, check_rewards, demonstration, evaluate, load_judge, prompt_messages,
+                     read_examples, read_text)
 
 
 @dataclass
 class Config:
     """Data, cold start, GRPO, OPD and dGRPO, and a table that compares them."""
-    out: str = "out"                # everything goes here: data, a directory per stage, results.jsonl, results.md
+    out: str = "out"                # all goes here: data, a directory per stage, results.jsonl, results.md
     student: str = ""               # checkpoint to start from; empty: train a tiny one from scratch
     teacher: str = ""               # the teacher's checkpoint; empty: train a larger tiny one
     until: str = ""                 # stop after this stage: data, base, teacher or sft
-    haystack: str = ""              # text files, separated by commas, to hide the facts in; with --student only
-    long_data: str = ""             # JSONL files to take the long training examples from, instead of making them
+    haystack: str = ""              # text files, comma-separated, to hide the facts in; with --student only
+    long_data: str = ""             # JSONL files to take long training examples from, instead of making them
     short_data: str = ""            # the same for the short ones
     test_data: str = ""             # JSONL files to test on, instead of the generated tasks
     response_field: str = "response"  # the field of --long-data and --short-data that holds the demonstration
@@ -70,29 +73,31 @@ class Config:
     test_n: int = 64                # test examples per task and length
     judge: str = ""                 # checkpoint that compares answers with references (paper: Qwen3-4B)
     allow_code: bool = False        # run the programs that completions contain, where examples bring tests
-    ablate: bool = False            # the paper's studies, 37 arms in out/seed-N/ for every seed (hours), instead of one table
+    ablate: bool = False            # the paper's studies instead: 37 arms per seed, in out/seed-N/ (hours)
     seeds: int = 3                  # how many seeds --ablate runs, from --seed on
     seed: int = 0                   # data, weights and sampling
     save_every: int = 20            # steps between checkpoints to go on from
-    resume: bool = True             # go on where a run in --out stopped; arms that are done are not trained again
-    plot: str = ""                  # draw what is in this directory, and stop: metrics, results.jsonl, bench.jsonl
+    resume: bool = True             # go on where a run in --out stopped; finished arms are not trained again
+    plot: str = ""                  # draw this directory's metrics, results.jsonl, bench.jsonl, and stop
 
 
-# --------------------------------------------------------------------------------------------------------------------- tasks
+# ------------------------------------------------------------------------------------------------------ tasks
 
-# A family makes a document and questions on it: family(rng, budget, kinds, haystack) -> (fill, document, questions).
-#   document(n)   the text with n units of filler, the same each time; as many units as the budget of tokens allows are taken
-#   fill(n)       what n units add, in pieces: their tokens can be counted once and added up, without encoding the document
+# A family makes a document and questions on it: (rng, budget, kinds, haystack) -> (fill, document, questions)
+#   document(n)   the text with n units of filler, the same each time; as many as the budget of tokens allows
+#   fill(n)       what n units add, in pieces: counted once, their tokens add up without encoding the document
 #   questions     of the given kinds, one each: question, answer, reward, response (a demonstration), language
 # haystack: sentences of the user's to hide the facts in, instead of the family's own.
 
-NAMES = "Ada Bob Cid Dan Eve Fay Gil Hal Ida Jon Kim Lee Mia Ned Ola Pam Quin Ray Sue Tom Una Val Wes Zoe".split()
+NAMES = ("Ada Bob Cid Dan Eve Fay Gil Hal Ida Jon Kim Lee Mia Ned Ola Pam "
+         "Quin Ray Sue Tom Una Val Wes Zoe").split()
 THINGS = "coin lamp ring book bell drum cup fan".split()
 PLACES = "Rome Oslo Lima Cairo Paris Delhi Tokyo Quito Seoul Bern Riga Accra Dakar Hanoi Kyiv Malta".split()
 HEADER = "In each pair the first leads to the second:"
 NUMBERS = "one two three four five six seven eight".split()
-IDLE = ["The sky is clear today.", "Rain fell on the hills.", "The market opens early.", "A bell rang in the square.",
-        "The river runs slow.", "Bread is on the table.", "The road goes north.", "Lamps were lit at dusk."]
+IDLE = ["The sky is clear today.", "Rain fell on the hills.", "The market opens early.",
+        "A bell rang in the square.", "The river runs slow.", "Bread is on the table.",
+        "The road goes north.", "Lamps were lit at dusk."]
 MAX_HOPS = 8          # links of the longest question
 
 
@@ -105,14 +110,15 @@ def any_of(rng, words):
 
 
 def scatter(rng, budget, facts, sentences, in_order=False, start="", glue=" "):
-    """-> (fill, document): the facts, in their order, at random places among the first n of endlessly many sentences.
-
-    Sentences are drawn at random, or read in order from a random one on (a text of the user's), in a circle."""
-    drawn = rng.integers(len(sentences)) + np.arange(budget) if in_order else rng.integers(len(sentences), size=budget)
+    """-> (fill, document): the facts, in their order, at random places among the first n of endlessly many
+    sentences. Sentences are drawn at random, or read in order from a random one on (a text of the user's), in
+    a circle."""
+    drawn = (rng.integers(len(sentences)) + np.arange(budget) if in_order
+             else rng.integers(len(sentences), size=budget))
     chosen, keys = [sentences[i] for i in (drawn % len(sentences)).tolist()], rng.random(len(facts) + budget)
 
     def document(n):
-        pieces, ranks = chosen[:n], keys[:len(facts) + n].argsort().argsort()  # a permutation: all places are alike
+        pieces, ranks = chosen[:n], keys[:len(facts) + n].argsort().argsort()  # permutation: all places alike
         for place, fact in zip(sorted(ranks[:len(facts)].tolist()), facts):
             pieces.insert(place, fact)
         return start + glue.join(pieces)
@@ -123,8 +129,8 @@ def scatter(rng, budget, facts, sentences, in_order=False, start="", glue=" "):
 # ---- what the tiny models learn: a shuffled pile of pairs
 
 def pile(rng, budget, kinds, _):
-    """Links such as "Ada Bob." Names form one cycle, so that everybody leads to one and is led to by one. Things lead to a
-    place, and a place to where what was there went next."""
+    """Links such as "Ada Bob." Names form one cycle, so that everybody leads to one and is led to by one.
+    Things lead to a place, and a place to where what was there went next."""
     room = budget - 22  # tokens that header, template and question take, about
     names = some(rng, NAMES, max(4, room // 12))
     links = dict(zip(names, names[1:] + names[:1]))
@@ -166,14 +172,16 @@ def walk(links, start, steps):
 
 
 def pairs(path, end=None):
-    """Every pair that is used is written out again before the next is looked up: each step is then one look-up in the
-    context, which a small model can learn. A bare list of names is not learnt in many times the steps."""
+    """Every pair that is used is written out again before the next is looked up: each step is then one
+    look-up in the context, which a small model can learn. A bare list of names is not learnt in many times
+    the steps."""
     steps = [*zip(path, path[1:])] + ([(path[-1], end)] if end else [])
     return [f"{i + 1} {a} {b}" for i, (a, b) in enumerate(steps)]
 
 
 def task(question, answer, reward, thoughts, language="en"):
-    """A question with its answer, the rule that scores it, and a demonstration that thinks in the given lines."""
+    """A question with its answer, the rule that scores it, and a demonstration that thinks in the given
+    lines."""
     gold = answer if isinstance(answer, str) else ", ".join(answer)
     thought = "".join(line + "\n" for line in thoughts)
     return dict(question=question, answer=answer, reward=reward, language=language,
@@ -185,52 +193,65 @@ PILE = {"hops": ask_hops, "latest": ask_latest, "chain": ask_chain}
 
 # ---- for real models: LongBlocks' five kinds of question on people spread over a text, in four languages
 
-SURNAMES = "Berg Costa Dahl Engel Ferri Garza Holm Iversen Jansen Keller Lund Moreno Novak Ortiz Petit Quist".split()
-CITIES = "Oslo Lima Berlin Madrid Paris Toronto Dakar Nairobi Quito Boston Chicago Helsinki".split()  # alike in all four
-LANGUAGES = dict(
-    en=dict(lives="{} lives in {}.", works="{} works for {}.", owns="{} owns {} books.", idle=[
-                "In {} it rained for {} days.", "The museum in {} shows {} paintings.", "In {} there are {} schools."],
-            summary="Summarise the document: name everyone of whom it says how many books they own, each with the city "
-                    "they live in, as Name: City.",
+SURNAMES = ("Berg Costa Dahl Engel Ferri Garza Holm Iversen Jansen Keller Lund "
+            "Moreno Novak Ortiz Petit Quist").split()
+CITIES = "Oslo Lima Berlin Madrid Paris Toronto Dakar Nairobi Quito Boston Chicago Helsinki".split()
+LANGUAGES = dict(  # CITIES are spelt alike in all four
+    en=dict(lives="{} lives in {}.", works="{} works for {}.", owns="{} owns {} books.",
+            idle=["In {} it rained for {} days.", "The museum in {} shows {} paintings.",
+                  "In {} there are {} schools."],
+            summary="Summarise the document: name everyone of whom it says how many books they own, each "
+                    "with the city they live in, as Name: City.",
             retrieval="Where does {} live, for whom does {} work, and how many books does {} own?",
-            multihop="Begin with {} and go {} times from a person to the one they work for. Where does the last one live?",
+            multihop="Begin with {} and go {} times from a person to the one they work for. Where does "
+                     "the last one live?",
             comprehensive="How many books do the people who live in {} own altogether?",
-            classification="Which of these cities is home to the most people who own books? {} Answer with the letter.",
+            classification="Which of these cities is home to the most people who own books? {} Answer "
+                           "with the letter.",
             end='End with a line that begins with "Answer:"; separate several answers by commas.'),
-    de=dict(lives="{} wohnt in {}.", works="{} arbeitet für {}.", owns="{} besitzt {} Bücher.", idle=[
-                "In {} regnete es {} Tage lang.", "Das Museum in {} zeigt {} Gemälde.", "In {} gibt es {} Schulen."],
-            summary="Fasse das Dokument zusammen: Nenne alle Personen, von denen es sagt, wie viele Bücher sie besitzen, "
-                    "jeweils mit der Stadt, in der sie wohnen, als Name: Stadt.",
+    de=dict(lives="{} wohnt in {}.", works="{} arbeitet für {}.", owns="{} besitzt {} Bücher.",
+            idle=["In {} regnete es {} Tage lang.", "Das Museum in {} zeigt {} Gemälde.",
+                  "In {} gibt es {} Schulen."],
+            summary="Fasse das Dokument zusammen: Nenne alle Personen, von denen es sagt, wie viele Bücher "
+                    "sie besitzen, jeweils mit der Stadt, in der sie wohnen, als Name: Stadt.",
             retrieval="Wo wohnt {}, für wen arbeitet {}, und wie viele Bücher besitzt {}?",
-            multihop="Beginne bei {} und gehe {}-mal von einer Person zu der, für die sie arbeitet. Wo wohnt die letzte?",
+            multihop="Beginne bei {} und gehe {}-mal von einer Person zu der, für die sie arbeitet. Wo "
+                     "wohnt die letzte?",
             comprehensive="Wie viele Bücher besitzen die Personen, die in {} wohnen, insgesamt?",
-            classification="In welcher dieser Städte wohnen die meisten Personen, die Bücher besitzen? {} Antworte mit "
-                           "dem Buchstaben.",
-            end='Schließe mit einer Zeile, die mit "Answer:" beginnt; trenne mehrere Antworten durch Kommas.'),
-    fr=dict(lives="{} habite à {}.", works="{} travaille pour {}.", owns="{} possède {} livres.", idle=[
-                "À {}, il a plu pendant {} jours.", "À {}, le musée expose {} tableaux.", "À {}, il y a {} écoles."],
-            summary="Résume le document : cite toutes les personnes dont il dit combien de livres elles possèdent, "
-                    "chacune avec la ville où elle habite, sous la forme Nom: Ville.",
+            classification="In welcher dieser Städte wohnen die meisten Personen, die Bücher besitzen? {} "
+                           "Antworte mit dem Buchstaben.",
+            end='Schließe mit einer Zeile, die mit "Answer:" beginnt; trenne mehrere Antworten '
+                'durch Kommas.'),
+    fr=dict(lives="{} habite à {}.", works="{} travaille pour {}.", owns="{} possède {} livres.",
+            idle=["À {}, il a plu pendant {} jours.", "À {}, le musée expose {} tableaux.",
+                  "À {}, il y a {} écoles."],
+            summary="Résume le document : cite toutes les personnes dont il dit combien de livres elles "
+                    "possèdent, chacune avec la ville où elle habite, sous la forme Nom: Ville.",
             retrieval="Où habite {}, pour qui travaille {} et combien de livres possède {} ?",
-            multihop="Commence par {} et passe {} fois d'une personne à celle pour qui elle travaille. Où habite la "
-                     "dernière ?",
+            multihop="Commence par {} et passe {} fois d'une personne à celle pour qui elle travaille. Où "
+                     "habite la dernière ?",
             comprehensive="Combien de livres possèdent au total les personnes qui habitent à {} ?",
-            classification="Laquelle de ces villes compte le plus d'habitants qui possèdent des livres ? {} Réponds par "
-                           "la lettre.",
-            end='Termine par une ligne qui commence par "Answer:" ; sépare plusieurs réponses par des virgules.'),
-    es=dict(lives="{} vive en {}.", works="{} trabaja para {}.", owns="{} tiene {} libros.", idle=[
-                "En {} llovió durante {} días.", "El museo de {} expone {} cuadros.", "En {} hay {} escuelas."],
-            summary="Resume el documento: nombra a todas las personas de las que dice cuántos libros tienen, cada una "
-                    "con la ciudad donde vive, en la forma Nombre: Ciudad.",
+            classification="Laquelle de ces villes compte le plus d'habitants qui possèdent des livres ? {} "
+                           "Réponds par la lettre.",
+            end='Termine par une ligne qui commence par "Answer:" ; sépare plusieurs réponses '
+                'par des virgules.'),
+    es=dict(lives="{} vive en {}.", works="{} trabaja para {}.", owns="{} tiene {} libros.",
+            idle=["En {} llovió durante {} días.", "El museo de {} expone {} cuadros.",
+                  "En {} hay {} escuelas."],
+            summary="Resume el documento: nombra a todas las personas de las que dice cuántos libros "
+                    "tienen, cada una con la ciudad donde vive, en la forma Nombre: Ciudad.",
             retrieval="¿Dónde vive {}, para quién trabaja {} y cuántos libros tiene {}?",
-            multihop="Empieza por {} y pasa {} veces de una persona a aquella para la que trabaja. ¿Dónde vive la última?",
+            multihop="Empieza por {} y pasa {} veces de una persona a aquella para la que trabaja. ¿Dónde "
+                     "vive la última?",
             comprehensive="¿Cuántos libros tienen en total las personas que viven en {}?",
-            classification="¿En cuál de estas ciudades viven más personas que tienen libros? {} Responde con la letra.",
+            classification="¿En cuál de estas ciudades viven más personas que tienen libros? {} Responde "
+                           "con la letra.",
             end='Termina con una línea que empiece por "Answer:"; separa varias respuestas con comas.'))
 
 
 def archive(rng, budget, kinds, haystack):
-    """People, each with a city, someone they work for and a number of books, told in one language and asked in another."""
+    """People, each with a city, someone they work for and a number of books, told in one language and asked
+    in another."""
     told, language = (any_of(rng, [*LANGUAGES]) for _ in range(2))
     n = min(24, max(3, budget // 96))
     people = [f"{name} {any_of(rng, SURNAMES)}" for name in some(rng, NAMES, n)]
@@ -238,7 +259,8 @@ def archive(rng, budget, kinds, haystack):
     while tally[-1] == tally[-2]:  # until one city has the most people
         homes = rng.integers(4, size=n).tolist()
         tally = sorted(np.bincount(homes, minlength=4).tolist())
-    w = SimpleNamespace(people=people, cities=cities, lives={p: cities[home] for p, home in zip(people, homes)},
+    w = SimpleNamespace(people=people, cities=cities,
+                        lives={p: cities[home] for p, home in zip(people, homes)},
                         works=dict(zip(people, people[1:] + people[:1])),
                         owns={p: int(rng.integers(2, 100)) for p in people})
     # the sentences about each person, as the document has them: demonstrations quote what they use
@@ -250,7 +272,7 @@ def archive(rng, budget, kinds, haystack):
         question = LANGUAGES[language][kind].format(*blanks) + " " + LANGUAGES[language]["end"]
         questions.append(task(question, answer, reward, thoughts, language))
     facts = some(rng, [sentence for about in w.said.values() for sentence in about.values()], 3 * n)
-    idle = [s.format(c, i) for s in LANGUAGES[told]["idle"] for c in CITIES for i in range(2, 30)]  # from 2: plurals
+    idle = [s.format(c, i) for s in LANGUAGES[told]["idle"] for c in CITIES for i in range(2, 30)]  # plurals
     return *scatter(rng, budget, facts, haystack or idle, in_order=bool(haystack)), questions
 
 
@@ -295,24 +317,28 @@ ARCHIVE = {"summary": ask_summary, "retrieval": ask_retrieval, "multihop": ask_m
            "comprehensive": ask_comprehensive, "classification": ask_classification}
 
 
-# ---- tests for real models, in the words of RULER (arXiv 2404.06654), whose texts need no download. The worked example
-#      that RULER puts before vt and cwe is left out, and so is the beginning of the answer that it hands the model.
+# ---- tests for real models, in the words of RULER (arXiv 2404.06654), whose texts need no download. Left out
+#      are RULER's worked example before vt and cwe, and the beginning of the answer that it hands the model.
 
-ADJECTIVES = "bold brave bright calm cold crisp dark eager fast fresh gentle happy huge keen loud proud quick warm".split()
-NOUNS = "anchor apple arrow basket bridge candle castle clock cloud eagle engine forest garden hammer island lemon".split()
+ADJECTIVES = ("bold brave bright calm cold crisp dark eager fast fresh gentle happy huge "
+              "keen loud proud quick warm").split()
+NOUNS = ("anchor apple arrow basket bridge candle castle clock cloud eagle engine forest "
+         "garden hammer island lemon").split()
 KEYS = [f"{a}-{b}" for a in ADJECTIVES for b in NOUNS]
 WORDS = [f"{key}-{b}" for key in KEYS for b in [*NOUNS, *THINGS]]  # enough for 128K tokens
 NOISE = ["The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."]
-NEEDLES = dict(niah_single=(1, 1, 1), niah_multikey=(4, 1, 1), niah_multivalue=(1, 4, 1), niah_multiquery=(4, 1, 4))
+NEEDLES = dict(niah_single=(1, 1, 1), niah_multikey=(4, 1, 1), niah_multivalue=(1, 4, 1),
+               niah_multiquery=(4, 1, 4))
 
 
 def niah(rng, budget, kinds, haystack):
     """Needles in a haystack: so many keys in the text, values of each, and keys asked for."""
     n, values, asked = NEEDLES[kinds[0]]
     keys, numbers = some(rng, KEYS, n), rng.integers(10**6, 10**7, size=(n, values)).tolist()
-    needles = [f"One of the special magic numbers for {k} is: {v}." for k, row in zip(keys, numbers) for v in row]
-    start = ("Some special magic numbers are hidden within the following text. Make sure to memorize it. I will quiz you "
-             "about the numbers afterwards.\n")
+    needles = [f"One of the special magic numbers for {k} is: {v}."
+               for k, row in zip(keys, numbers) for v in row]
+    start = ("Some special magic numbers are hidden within the following text. Make sure to memorize it. "
+             "I will quiz you about the numbers afterwards.\n")
     question = "What are all the special magic numbers for {} mentioned in the provided text?"
     if values * asked == 1:
         start = start.replace("Some", "A").replace("are", "is").replace("numbers", "number")
@@ -320,7 +346,8 @@ def niah(rng, budget, kinds, haystack):
     query = ", ".join(keys[:asked - 1] + [("and " if asked > 1 else "") + keys[asked - 1]])
     answers = [str(v) for row in numbers[:asked] for v in row]
     found = task(question.format(query), answers, "recall", needles[:len(answers)])
-    text = scatter(rng, budget, some(rng, needles, len(needles)), haystack or NOISE, bool(haystack), start, "\n")
+    text = scatter(rng, budget, some(rng, needles, len(needles)), haystack or NOISE,
+                   bool(haystack), start, "\n")
     return *text, [found]
 
 
@@ -343,8 +370,8 @@ def common_words(rng, budget, *_):
     words, keys = some(rng, WORDS, len(WORDS)), rng.random(budget)
     common, others = words[:10], words[10:]
 
-    start = ("Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "
-             "appear most often.\n")
+    start = ("Below is a numbered list of words. In these words, some appear more often than others. "
+             "Memorize the ones that appear most often.\n")
 
     def document(n):
         listed = mixed(common * often + others[:n] * rarely, keys)
@@ -358,16 +385,18 @@ def common_words(rng, budget, *_):
 
 def frequent_words(rng, budget, *_):
     """Coded words, the k-th of which makes up 1 / (k^2 zeta(2)) of the text; the first is noise."""
-    coded = ["..."] + ["".join(row) for row in rng.choice([*string.ascii_lowercase], size=(max(4, budget // 50), 6))]
+    coded = ["..."] + ["".join(row)
+                       for row in rng.choice([*string.ascii_lowercase], size=(max(4, budget // 50), 6))]
     share, keys = 6 / np.pi**2 / np.arange(1, len(coded) + 1) ** 2, rng.random(budget)
 
     def fill(n):  # from 80 words on, no two of the first five come equally often
-        return [word for word, times in zip(coded, ((80 + n) * share).astype(int).tolist()) for _ in range(times)]
+        return [word for word, times in zip(coded, ((80 + n) * share).astype(int).tolist())
+                for _ in range(times)]
 
-    start = ("Read the following coded text and track the frequency of each coded word. Find the three most frequently "
-             "appeared coded words. ")
-    question = ("Question: Do not provide any explanation. Please ignore the dots '....'. What are the three most "
-                "frequently appeared words in the above coded text?")
+    start = ("Read the following coded text and track the frequency of each coded word. Find the "
+             "three most frequently appeared coded words. ")
+    question = ("Question: Do not provide any explanation. Please ignore the dots '....'. What are the three "
+                "most frequently appeared words in the above coded text?")
     return fill, lambda n: start + " ".join(mixed(fill(n), keys)), [task(question, coded[1:4], "recall", [])]
 
 
@@ -382,7 +411,8 @@ FAMILIES = {**dict.fromkeys(PILE, pile), **dict.fromkeys(ARCHIVE, archive), **RU
 # ---- short tasks, without a document
 
 def ask_sum(rng, test):
-    """Add three digits from left to right. There are only 729 such questions: one in eight of them is kept for the test."""
+    """Add three digits from left to right. There are only 729 such questions: one in eight of them is kept
+    for the test."""
     held_out = not test
     while held_out != test:
         a, b, c = (int(x) for x in rng.integers(1, 10, 3))
@@ -399,7 +429,8 @@ def ask_reverse(rng, _):
 
 
 def ask_copy(rng, _):
-    """A list of words, once more: the plainest use of a context, and what the look-ups of the long tasks grow from."""
+    """A list of words, once more: the plainest use of a context, and what the look-ups of the long tasks grow
+    from."""
     text = " ".join(some(rng, [*NAMES, *THINGS, *PLACES], rng.integers(5, 21)))
     return task(f"Write this again: {text}", text, "exact", [])
 
@@ -413,11 +444,11 @@ SPLITS = ["base", "sft", "rl", "test", "words", "teacher"]  # every split draws 
 
 
 def long_examples(seed, split, n, length, questions, kinds, tokenizer, haystack=()):
-    """n documents, each as the list of its examples: some questions on it, of the kinds in turn. The longest prompt of a
-    document takes `length` tokens, or so many that one more unit of filler would exceed them. Document i depends on (seed,
-    split, length, i) alone, so any order of access gives the same data."""
+    """n documents, each as the list of its examples: some questions on it, of the kinds in turn. The longest
+    prompt of a document takes `length` tokens, or so many that one more unit of filler would exceed them.
+    Document i depends on (seed, split, length, i) alone, so any order of access gives the same data."""
     @functools.lru_cache(2**18)
-    def count(piece):  # documents are pieces joined by white space, and tokens hardly ever reach across: lengths add up
+    def count(piece):  # pieces are joined by white space, which tokens hardly ever cross: lengths add up
         return len(tokenizer.encode(" " + piece))
 
     for i in range(n):
@@ -434,8 +465,8 @@ def long_examples(seed, split, n, length, questions, kinds, tokenizer, haystack=
         def estimate(n):
             return sum(map(count, fill(n)))
         if size(0) > length:
-            raise UserError(f"a prompt of {asked[0]} takes at least {size(0)} tokens, so there is none of {length}: raise "
-                            "--train-len")
+            raise UserError(f"a prompt of {asked[0]} takes at least {size(0)} tokens, so there is none of "
+                            f"{length}: raise --train-len")
         text = document(most(size, estimate, length))
         yield [dict(id=f"{split}-{length}-{i}-{j}", document=text, source="generated", kind=kind, **t)
                for j, (kind, t) in enumerate(zip(asked, tasks))]
@@ -458,16 +489,18 @@ def short_examples(seed, split, n, end=""):
     for i in range(n):
         rng = np.random.default_rng([seed, SPLITS.index(split), 0, i])
         kind = list(SHORT)[i % len(SHORT)]
-        example = dict(id=f"{split}-short-{i}", source="generated", kind=kind, **SHORT[kind](rng, split == "test"))
+        example = dict(id=f"{split}-short-{i}", source="generated", kind=kind,
+                       **SHORT[kind](rng, split == "test"))
         yield [example | dict(question=example["question"] + end)]
 
 
 def mixture(short, long, long_share, size):
-    """Interleave two streams of lists of examples so that the long ones hold `long_share` of the tokens, as closely as
-    whole lists allow at every point. Ends when the stream that is wanted next has run out."""
+    """Interleave two streams of lists of examples so that the long ones hold `long_share` of the tokens, as
+    closely as whole lists allow at every point. Ends when the stream that is wanted next has run out."""
     tokens, streams = {True: 0, False: 0}, {True: iter(long), False: iter(short)}
     while True:
-        take_long = tokens[True] <= long_share * sum(tokens.values()) if 0 < long_share < 1 else long_share == 1
+        take_long = (tokens[True] <= long_share * sum(tokens.values()) if 0 < long_share < 1
+                     else long_share == 1)
         examples = next(streams[take_long], None)
         if examples is None:
             return
@@ -475,9 +508,9 @@ def mixture(short, long, long_share, size):
         yield examples
 
 
-# ---------------------------------------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------------------------------------- data
 
-BASE_LENS = 54, 84    # prompt tokens of the documents in the base model's training: the short world it comes from
+BASE_LENS = 54, 84  # prompt tokens of documents in the base model's training: the short world it comes from
 
 
 def task_words():
@@ -502,7 +535,8 @@ def paths_of(cfg, flag):
 def read_haystack(cfg):
     """The sentences of the user's texts, in order; white space within them becomes single spaces."""
     text = " ".join(" ".join(read_text(path) for path in paths_of(cfg, "haystack")).split())
-    sentences = [s.strip() for s in regex.split(r"(?<=[.!?…]['\"”’»)]?) |(?<=[。！？])", text) if s.strip()]
+    sentences = [s.strip() for s in regex.split(r"(?<=[.!?…]['\"”’»)]?) |(?<=[。！？])", text)
+                 if s.strip()]
     if cfg.haystack and not sentences:
         raise UserError(f"--haystack {cfg.haystack}: there is no text in it")
     return sentences
@@ -511,19 +545,21 @@ def read_haystack(cfg):
 def write_data(cfg, tokenizer):
     """The JSONL files of every stage. Returns their paths by name.
 
-    Tiny models learn the pile and are tested on it. Checkpoints of the user's learn the archive, and are tested on it and
-    on RULER. Where the user gives files, nothing is made: their examples are read by place, in random order."""
+    Tiny models learn the pile and are tested on it. Checkpoints of the user's learn the archive, and are
+    tested on it and on RULER. Where the user gives files, nothing is made: their examples are read by place,
+    in random order."""
     kinds, end = (list(ARCHIVE), " " + LANGUAGES["en"]["end"]) if cfg.student else (list(PILE), "")
     haystack, skipped = read_haystack(cfg), Counter()
 
     def size(examples):  # tokens of a document count once, as they are computed once
         asked = examples[:1] + [e | dict(document="") for e in examples[1:]]
-        return sum(len(tokenizer.chat(prompt_messages(e))) + len(tokenizer.completion(demonstration(e, "response") or ""))
-                   for e in asked)
+        return sum(len(tokenizer.chat(prompt_messages(e)))
+                   + len(tokenizer.completion(demonstration(e, "response") or "")) for e in asked)
 
     def given(flag, split):
         field = cfg.response_field if split == "sft" else None
-        examples = torch.utils.data.ConcatDataset([read_examples(path, field) for path in paths_of(cfg, flag)])
+        examples = torch.utils.data.ConcatDataset(
+            [read_examples(path, field) for path in paths_of(cfg, flag)])
         for i in np.random.default_rng([cfg.seed, SPLITS.index(split)]).permutation(len(examples)).tolist():
             example = examples[i]
             if field:
@@ -540,7 +576,8 @@ def write_data(cfg, tokenizer):
     def mix(split, n, lengths, questions, long_share):
         """Short examples and at most n documents, of the lengths in turn, by shares of tokens."""
         rounds = zip(*(documents(split, n // len(lengths), length, questions) for length in lengths))
-        long = itertools.islice(given("long_data", split), n) if cfg.long_data else (d for r in rounds for d in r)
+        long = (itertools.islice(given("long_data", split), n) if cfg.long_data
+                else (d for r in rounds for d in r))
         short = given("short_data", split) if cfg.short_data else short_examples(cfg.seed, split, 10**6, end)
         return mixture(short if long_share else itertools.islice(short, n), long, long_share, size)
 
@@ -560,29 +597,31 @@ def write_data(cfg, tokenizer):
         splits["sft" + name] = mix("sft", max(500, cfg.sft_steps * sft.Config.batch), lengths, 8, share)
         splits["rl" + name] = mix("rl", max(500, cfg.rl_steps * cfg.batch), lengths, 1, share)
     if not cfg.student:
-        splits |= dict(base=mix("base", 5000, BASE_LENS, 8, 0.7), teacher=mix("teacher", 1500, lengths, 8, 0.6))
+        splits |= dict(base=mix("base", 5000, BASE_LENS, 8, 0.7),
+                       teacher=mix("teacher", 1500, lengths, 8, 0.6))
     paths = {name: os.path.join(cfg.out, "data", f"{name}.jsonl") for name in splits}
     for name, lists in splits.items() if rank() == 0 else []:
         if cfg.resume and os.path.exists(paths[name]):  # whole, and of the same configuration
             continue
         os.makedirs(os.path.dirname(paths[name]), exist_ok=True)
-        with writing(paths[name]), open(paths[name] + ".writing", "w", encoding="utf-8", errors="replace") as f:
+        with writing(paths[name]), open(paths[name] + ".writing", "w", encoding="utf-8",
+                                        errors="replace") as f:  # surrogates become "?"
             for examples in tqdm(lists, desc=f"{'data':8} {paths[name]}", unit=" documents"):
-                f.writelines(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)  # surrogates become "?"
+                f.writelines(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
         if not os.path.getsize(paths[name] + ".writing"):
             raise UserError(f"{paths[name]} would be empty: no example fits into --train-len {cfg.train_len}")
         os.replace(paths[name] + ".writing", paths[name])
     for (flag, split), n in skipped.items():
-        print(f"{split}: {n} examples of --{flag.replace('_', '-')} are left out: longer than --train-len, or with their "
-              "demonstration than --test-len + --max-new", file=sys.stderr)
+        print(f"{split}: {n} examples of --{flag.replace('_', '-')} are left out: longer than --train-len, "
+              "or with their demonstration than --test-len + --max-new", file=sys.stderr)
     barrier()
     return paths
 
 
-# ---------------------------------------------------------------------------------------------------------------------- arms
+# ------------------------------------------------------------------------------------------------------- arms
 
-# An arm is (start, stage, options): the arm whose checkpoint it goes on from, the method that trains it (None: nothing does),
-# and its settings; options["data"] is a file of write_data, options["teacher"] an arm too, or a word that grpo.py knows.
+# An arm is (start, stage, options): the arm it goes on from, the method training it (None: nothing does), and
+# its settings; options["data"] is a file of write_data, options["teacher"] an arm, or a word grpo.py knows.
 
 SHARES = 0, 10, 25, 50, 75, 100     # % of long tokens, besides the recipe's own --long-share
 BETAS = 0.1, 0.25, 1.0, 2.0, 4.0    # besides --beta, and 0, which is GRPO; without bound it is OPD
@@ -591,7 +630,8 @@ BETAS = 0.1, 0.25, 1.0, 2.0, 4.0    # besides --beta, and 0, which is GRPO; with
 def settings(cfg):
     """Options of the cold start, of what learns from a teacher alone, from reward alone, and from both."""
     cold = dict(data="sft", steps=cfg.sft_steps, lr=cfg.sft_lr)
-    rl = dict(data="rl", steps=cfg.rl_steps, lr=cfg.rl_lr, batch=cfg.batch, group=cfg.group, max_new=cfg.max_new)
+    rl = dict(data="rl", steps=cfg.rl_steps, lr=cfg.rl_lr, batch=cfg.batch, group=cfg.group,
+              max_new=cfg.max_new)
     scored = rl | dict(judge=cfg.judge, allow_code=cfg.allow_code)
     return cold, rl | dict(teacher="teacher"), scored, scored | dict(teacher="teacher", beta=cfg.beta)
 
@@ -600,8 +640,8 @@ def recipe_arms(cfg):
     """The recipe, and what it is compared with; every arm has the same rollouts and steps."""
     cold, taught, scored, both = settings(cfg)
     return {"teacher": ("teacher", None, {}), "base": ("base", None, {}), "SFT": ("base", sft, cold),
-            "SFT+GRPO": ("SFT", grpo, scored), "SFT+OPD": ("SFT", opd, taught), "SFT+dGRPO": ("SFT", grpo, both),
-            "dGRPO without SFT": ("base", grpo, both)}
+            "SFT+GRPO": ("SFT", grpo, scored), "SFT+OPD": ("SFT", opd, taught),
+            "SFT+dGRPO": ("SFT", grpo, both), "dGRPO without SFT": ("base", grpo, both)}
 
 
 def ablation_arms(cfg):
@@ -611,7 +651,8 @@ def ablation_arms(cfg):
     kd = dict(cold, teacher="teacher", lam=0.0, kl="forward", max_new=cfg.max_new,
               batch=8 * sft.Config.batch)  # the questions on as many documents as a batch of SFT has
     arms = recipe_arms(cfg) | {f"beta {beta:g}": ("SFT", grpo, both | dict(beta=beta)) for beta in BETAS}
-    arms |= {"KL to its start": ("SFT", grpo, both | dict(teacher="ref")), "KL to the base": ("SFT", grpo, both | dict(teacher="base")),
+    arms |= {"KL to its start": ("SFT", grpo, both | dict(teacher="ref")),
+             "KL to the base": ("SFT", grpo, both | dict(teacher="base")),
              "KL to itself, 2 updates": ("SFT", grpo, both | twice | dict(teacher="self")),
              "SFT+GRPO, 2 updates": ("SFT", grpo, scored | twice)}
     for share in SHARES:
@@ -626,23 +667,26 @@ def ablation_arms(cfg):
 STUDIES = {"Method": ["teacher", "base", "SFT", "SFT+GRPO", "SFT+OPD", "SFT+dGRPO", "dGRPO without SFT"],
            "Weight of the KL": ["SFT+GRPO", *(f"beta {beta:g}" for beta in BETAS[:2]), "SFT+dGRPO",
                                 *(f"beta {beta:g}" for beta in BETAS[2:]), "SFT+OPD"],
-           "Teacher": ["SFT+dGRPO", "KL to its start", "KL to the base", "KL to itself, 2 updates", "SFT+GRPO, 2 updates",
-                       "SFT+GRPO"],
-           "Share of long tokens": [*(f"{share} % long" for share in SHARES[:-1]), "SFT+dGRPO", f"{SHARES[-1]} % long"],
+           "Teacher": ["SFT+dGRPO", "KL to its start", "KL to the base", "KL to itself, 2 updates",
+                       "SFT+GRPO, 2 updates", "SFT+GRPO"],
+           "Share of long tokens": [*(f"{share} % long" for share in SHARES[:-1]), "SFT+dGRPO",
+                                    f"{SHARES[-1]} % long"],
            "Cold start": ["SFT", "KD", "dGRPO without SFT", "SFT+dGRPO", "KD+dGRPO"],
-           "Form of the KL": ["SFT+dGRPO", "KL on the first 30 %", "KL of the sampled token", "beta falling to 0"]}
+           "Form of the KL": ["SFT+dGRPO", "KL on the first 30 %", "KL of the sampled token",
+                              "beta falling to 0"]}
 
 
-# --------------------------------------------------------------------------------------------------------------------- table
+# ------------------------------------------------------------------------------------------------------ table
 
 def summary(rows, long_from):
-    """Long and short score: means over their cells (task and length), with the standard error that follows from theirs.
-    Cells of long_from tokens or more are long; a score without cells is missing (None)."""
+    """Long and short score: means over their cells (task and length), with the standard error that follows
+    from theirs. Cells of long_from tokens or more are long; a score without cells is missing (None)."""
     scores = {}
     for name in ("long", "short"):
         cells = [r for r in rows if (r["length"] >= long_from) == (name == "long")]
         scores[name] = float(np.mean([r["mean"] for r in cells])) if cells else None
-        scores[name + "_stderr"] = math.sqrt(sum(r["stderr"] ** 2 for r in cells)) / len(cells) if cells else None
+        scores[name + "_stderr"] = (math.sqrt(sum(r["stderr"] ** 2 for r in cells)) / len(cells)
+                                    if cells else None)
     return scores
 
 
@@ -667,16 +711,19 @@ def ends(rows):
 
 
 def studies(rows):
-    """The rows of --ablate as Markdown, a table for each study: means over the seeds with their standard errors, and
-    differences to SFT+dGRPO, seed by seed."""
+    """The rows of --ablate as Markdown, a table for each study: means over the seeds with their standard
+    errors, and differences to SFT+dGRPO, seed by seed."""
     final, parts = ends(rows), []
     for title, arms in STUDIES.items():
-        lines = [f"| {title} | long | short | long, against SFT+dGRPO | short | seeds |", "|---|---|---|---|---|---|"]
+        lines = [f"| {title} | long | short | long, against SFT+dGRPO | short | seeds |",
+                 "|---|---|---|---|---|---|"]
         for arm in arms:
             seeds = final[arm].keys() & final["SFT+dGRPO"].keys()
             scores = [[final[arm][seed][score] for seed in seeds] for score in ("long", "short")]
-            gains = [[final[arm][seed][score] - final["SFT+dGRPO"][seed][score] for seed in seeds] for score in ("long", "short")]
-            cells = [percent(x) for x in scores] + [percent(x, "+") if arm != "SFT+dGRPO" else "" for x in gains]
+            gains = [[final[arm][seed][score] - final["SFT+dGRPO"][seed][score] for seed in seeds]
+                     for score in ("long", "short")]
+            cells = ([percent(x) for x in scores]
+                     + [percent(x, "+") if arm != "SFT+dGRPO" else "" for x in gains])
             lines.append(f"| {arm} | {' | '.join(cells)} | {len(seeds)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
@@ -690,18 +737,20 @@ def table(results):
     for r in results:
         scores = ["" if r[name] is None else f"{100 * r[name]:.1f} ± {100 * r[name + '_stderr']:.1f}"
                   for name in ("long", "short")]
-        found = {(c["family"], c["length"]): f"{100 * c['mean']:.0f} ± {100 * c['stderr']:.0f}" for c in r["scores"]}
+        found = {(c["family"], c["length"]): f"{100 * c['mean']:.0f} ± {100 * c['stderr']:.0f}"
+                 for c in r["scores"]}
         scores += [found.get(cell, "") for cell in cells]
         lines.append(f"| {r['arm']} | " + " | ".join(scores) + " |")
     return "\n".join(lines)
 
 
-PANELS = ["reward", "loss", "kl", "entropy", "length", "truncated", "zero_variance", "clipped", "logp_diff", "grad_norm", "lr",
-          "memory_gb"]
+PANELS = ["reward", "loss", "kl", "entropy", "length", "truncated", "zero_variance", "clipped", "logp_diff",
+          "grad_norm", "lr", "memory_gb"]
 
 
 def plot(path):
-    """Draw what there is in a directory: the metrics of its runs, results.jsonl of --ablate, bench.jsonl of rollout.py."""
+    """Draw what there is in a directory: the metrics of its runs, results.jsonl of --ablate, bench.jsonl of
+    rollout.py."""
     try:
         import matplotlib
         matplotlib.use("Agg")
@@ -719,14 +768,16 @@ def plot(path):
             print(f"drew {file}")
             drawn += 1
     if not drawn:
-        raise UserError(f"--plot {path}: in it is no run with steps, no results.jsonl of --ablate, and no bench.jsonl with "
-                        "training rows of `rollout.py --bench`")
+        raise UserError(f"--plot {path}: in it is no run with steps, no results.jsonl of --ablate, and no "
+                        "bench.jsonl with training rows of `rollout.py --bench`")
 
 
 def runs_below(path):
     """Name -> rows of the metrics.jsonl of a run that is `path`, or stands in it."""
-    folders = [path, *(entry.path for entry in os.scandir(path) if entry.is_dir())] if os.path.isdir(path) else []
-    runs = {os.path.relpath(folder, path): read_rows(os.path.join(folder, "metrics.jsonl"))[1:] for folder in sorted(folders)}
+    folders = ([path, *(entry.path for entry in os.scandir(path) if entry.is_dir())]
+               if os.path.isdir(path) else [])
+    runs = {os.path.relpath(folder, path): read_rows(os.path.join(folder, "metrics.jsonl"))[1:]
+            for folder in sorted(folders)}
     return {name: rows for name, rows in runs.items() if rows and "step" in rows[0]}
 
 
@@ -734,11 +785,13 @@ def seeded(path):
     """The rows of results.jsonl, if it is one of --ablate."""
     file = os.path.join(path, "results.jsonl")
     rows = read_rows(file)
-    missing = {"arm", "start", "seed", "step", "steps", "long", "short", "scores"} - (rows[0].keys() if rows else set())
+    missing = ({"arm", "start", "seed", "step", "steps", "long", "short", "scores"}
+               - (rows[0].keys() if rows else set()))
     if rows and missing:
         raise UserError(f"{file} was written by another version: its rows lack {', '.join(sorted(missing))}")
     final = ends(rows)
-    if len(final) > 7 and ({*itertools.chain(*STUDIES.values())} - final.keys() or None in (rows[0]["long"], rows[0]["short"])):
+    if len(final) > 7 and ({*itertools.chain(*STUDIES.values())} - final.keys()
+                           or None in (rows[0]["long"], rows[0]["short"])):
         raise UserError(f"{file} lacks arms or scores: run recipe.py --ablate to its end")
     return rows if len(final) > 7 else []
 
@@ -751,12 +804,15 @@ def trained(file):
 def draw_metrics(plt, runs):
     """A panel for each quantity, a line for each run."""
     panels = [name for name in PANELS if any(name in rows[0] for rows in runs.values())]
-    figure, axes = plt.subplots(-(-len(panels) // 3), 3, figsize=(13, 3 * -(-len(panels) // 3)), squeeze=False)
-    styles = [dict(color=c, linestyle=s) for s in ("-", "--", ":") for c in ("0", "0.45", "tab:blue", "tab:orange")]
+    figure, axes = plt.subplots(-(-len(panels) // 3), 3, figsize=(13, 3 * -(-len(panels) // 3)),
+                                squeeze=False)
+    styles = [dict(color=c, linestyle=s)
+              for s in ("-", "--", ":") for c in ("0", "0.45", "tab:blue", "tab:orange")]
     for axis, panel in zip(axes.flat, panels):
         for (name, rows), style in zip(runs.items(), styles * len(runs)):
             rows = [row for row in rows if panel in row]
-            axis.plot([row["step"] for row in rows], [row[panel] for row in rows], label=name, linewidth=1, **style)
+            axis.plot([row["step"] for row in rows], [row[panel] for row in rows],
+                      label=name, linewidth=1, **style)
         axis.set(title=panel, xlabel="step")
     for axis in axes.flat[len(panels):]:
         axis.axis("off")
@@ -765,10 +821,13 @@ def draw_metrics(plt, runs):
     return figure
 
 
-STYLES = {"SFT+GRPO": dict(color="0.55", linestyle=":", marker="s"), "SFT+OPD": dict(color="tab:orange", linestyle="--", marker="^"),
-          "SFT+dGRPO": dict(color="0", linestyle="-", marker="o"), "SFT": dict(color="tab:blue", linestyle="-.", marker="v"),
+STYLES = {"SFT+GRPO": dict(color="0.55", linestyle=":", marker="s"),
+          "SFT+OPD": dict(color="tab:orange", linestyle="--", marker="^"),
+          "SFT+dGRPO": dict(color="0", linestyle="-", marker="o"),
+          "SFT": dict(color="tab:blue", linestyle="-.", marker="v"),
           "dGRPO without SFT": dict(color="tab:green", linestyle=(0, (5, 1, 1, 1, 1, 1)), marker="D"),
-          "base": dict(color="0.75", linestyle="-", marker="x"), "teacher": dict(color="tab:red", linestyle="--", marker="*")}
+          "base": dict(color="0.75", linestyle="-", marker="x"),
+          "teacher": dict(color="tab:red", linestyle="--", marker="*")}
 
 
 def line_over_seeds(axis, x, values, label, **style):
@@ -789,12 +848,14 @@ def draw_steps(plt, rows):
         ended = final[arm]
         steps = sorted({*curves[arm, min(ended)]})
         for axis, name in zip(axes, ("long", "short")):
-            values = [[100 * row[name] for row in [final[end["start"]][seed], *(curves[arm, seed][s] for s in steps)]]
+            values = [[100 * row[name]
+                       for row in [final[end["start"]][seed], *(curves[arm, seed][s] for s in steps)]]
                       for seed, end in ended.items()]
             line_over_seeds(axis, [0, *steps], values, arm, **STYLES[arm])
             axis.set(title=f"{name} score", xlabel="step", ylabel="mean score, %")
         if all(end["rewards"] for end in ended.values()):
-            means = [np.convolve(end["rewards"], np.full(5, 0.2), "valid") for end in ended.values()]  # of 5 steps each
+            means = [np.convolve(end["rewards"], np.full(5, 0.2), "valid")  # of 5 steps each
+                     for end in ended.values()]
             line_over_seeds(axes[2], range(2, 2 + len(means[0])), means, arm, **STYLES[arm] | dict(marker=""))
     axes[2].set(title="reward while training, mean of 5 steps", xlabel="step", ylabel="mean reward")
     axes[0].legend()
@@ -803,7 +864,8 @@ def draw_steps(plt, rows):
 
 
 def draw_studies(plt, rows):
-    """The short/long frontier; the weight of the KL; the mixture; scores against the length of the context."""
+    """The short/long frontier; the weight of the KL; the mixture;
+    scores against the length of the context."""
     final = ends(rows)
     figure, ((frontier, beta, ), (mix, length)) = plt.subplots(2, 2, figsize=(11, 9))
 
@@ -813,26 +875,29 @@ def draw_studies(plt, rows):
     for arm, style in STYLES.items():
         (x, dx), (y, dy) = (over_seeds(scores(arm, name)) for name in ("short", "long"))
         frontier.errorbar(x, y, dy, dx, label=arm, capsize=2, **style | dict(linestyle="none"))
-        cells = {n: [[100 * np.mean([c["mean"] for c in row["scores"] if c["length"] == n])] for row in final[arm].values()]
+        cells = {n: [[100 * np.mean([c["mean"] for c in row["scores"] if c["length"] == n])]
+                     for row in final[arm].values()]
                  for n in sorted({c["length"] for c in rows[0]["scores"]})}
         longs = [n for n in cells if n >= max(cells) / 4]
-        line_over_seeds(length, longs, [list(itertools.chain(*row)) for row in zip(*(cells[n] for n in longs))], arm, **style)
+        line_over_seeds(length, longs, [list(itertools.chain(*row))
+                                        for row in zip(*(cells[n] for n in longs))], arm, **style)
     frontier.set(title="methods", xlabel="short score, %", ylabel="long score, %")
     frontier.legend(fontsize=8)
 
     weights = ["0", *(f"{b:g}" for b in BETAS[:2]), "0.5", *(f"{b:g}" for b in BETAS[2:]), "OPD"]
     shares = [*SHARES[:-1], 90, SHARES[-1]]
-    for axis, x, study in [(beta, range(len(weights)), "Weight of the KL"), (mix, shares, "Share of long tokens")]:
+    for axis, x, study in [(beta, range(len(weights)), "Weight of the KL"),
+                           (mix, shares, "Share of long tokens")]:
         for name, style in [("long", STYLES["SFT+dGRPO"]), ("short", STYLES["SFT+GRPO"])]:
             line_over_seeds(axis, x, [*zip(*(scores(arm, name) for arm in STUDIES[study]))], name, **style)
         axis.legend()
-    beta.set(title="weight of the KL to the teacher", xlabel="beta", ylabel="mean score, %", xticks=range(len(weights)),
-             xticklabels=weights)
+    beta.set(title="weight of the KL to the teacher", xlabel="beta", ylabel="mean score, %",
+             xticks=range(len(weights)), xticklabels=weights)
     mix.set(title="mixture of SFT and dGRPO", xlabel="long tokens, %", ylabel="mean score, %")
     length.axvline(longs[-2], color="0.8", linewidth=8, zorder=0)
     length.annotate("longest in training", (longs[-2], 2), rotation=90, ha="center", fontsize=7)
-    length.set(title="score against the length of the context", xlabel="prompt, tokens", ylabel="mean score of the long tasks, %",
-               xscale="log", xticks=longs, xticklabels=longs)
+    length.set(title="score against the length of the context", xlabel="prompt, tokens",
+               ylabel="mean score of the long tasks, %", xscale="log", xticks=longs, xticklabels=longs)
     length.minorticks_off()
     figure.tight_layout()
     return figure
@@ -844,13 +909,16 @@ def draw_bench(plt, rows):
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
     times = [row["flops"] * last["seconds"] / last["flops"] for row in rows]
     for axis, title, found, formula, label in [
-            (axes[0], "time of a training step, s", [row["seconds"] for row in rows], times, "FLOPs, scaled to the last point"),
+            (axes[0], "time of a training step, s", [row["seconds"] for row in rows], times,
+             "FLOPs, scaled to the last point"),
             (axes[1], "peak memory beyond the weights, MB", [row["peak_bytes"] / 1e6 for row in rows],
              [row["planned_bytes"] / 1e6 for row in rows], "formula of the planner")]:
         axis.loglog(x, found, "o-", color="0", label="measured")
         axis.loglog(x, formula, "s--", color="0.5", label=label, markerfacecolor="none")
-        axis.set(title=title, xlabel="prompt, thousands of tokens", xticks=x, xticklabels=[f"{v:.0f}" for v in x])
-        ticks = [y for e in range(-2, 5) for y in (10**e, 2 * 10**e, 5 * 10**e) if min(found) / 2 < y < 2 * max(found)]
+        axis.set(title=title, xlabel="prompt, thousands of tokens", xticks=x,
+                 xticklabels=[f"{v:.0f}" for v in x])
+        ticks = [y for e in range(-2, 5) for y in (10**e, 2 * 10**e, 5 * 10**e)
+                 if min(found) / 2 < y < 2 * max(found)]
         axis.set(yticks=ticks, yticklabels=[f"{y:g}" for y in ticks])
         axis.minorticks_off()
         axis.legend()
@@ -858,13 +926,15 @@ def draw_bench(plt, rows):
     return figure
 
 
-# ---------------------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------- main
 
 def deepen(path, out, seed):
-    """Make the tiny teacher out of the base model: one more layer, which at first adds nothing to the residual stream. It
-    knows at once what the base knows, which spares its own, longer, training on short texts."""
+    """Make the tiny teacher out of the base model: one more layer, which at first adds nothing to the
+    residual stream. It knows at once what the base knows, which spares its own, longer, training on short
+    texts."""
     base, tokenizer = load(path)
-    shape = dict(vocab_size=base.config.vocab_size, max_position_embeddings=base.config.max_position_embeddings)
+    shape = dict(vocab_size=base.config.vocab_size,
+                 max_position_embeddings=base.config.max_position_embeddings)
     teacher = new_model(ModelConfig(**shape, **PRESETS["tiny-teacher"]), seed)
     teacher.load_state_dict(base.state_dict(), strict=False)
     for layer in teacher.layers[len(base.layers):]:
@@ -876,54 +946,61 @@ def deepen(path, out, seed):
 def check(cfg):
     """Refuse what cannot work: now, not after the cold start."""
     if cfg.until not in ("", "data", "base", "teacher", "sft"):
-        raise UserError(f"--until {cfg.until}: choose one of data, base, teacher, sft, or leave it out for the whole recipe")
+        raise UserError(f"--until {cfg.until}: choose one of data, base, teacher, sft, or leave it out "
+                        "for the whole recipe")
     if cfg.train_len < 128 or cfg.test_len < cfg.train_len:
-        raise UserError(f"--train-len {cfg.train_len} must be at least 128, --test-len {cfg.test_len} not below it")
-    columns = [(length - 1).bit_length() for length in (cfg.train_len, cfg.test_len)]  # evaluate() sorts by powers of two
+        raise UserError(f"--train-len {cfg.train_len} must be at least 128, "
+                        f"--test-len {cfg.test_len} not below it")
+    columns = [(length - 1).bit_length() for length in (cfg.train_len, cfg.test_len)]  # evaluate()'s columns
     if not cfg.test_data and cfg.test_len > cfg.train_len and columns[0] == columns[1]:
-        raise UserError(f"--train-len {cfg.train_len} and --test-len {cfg.test_len} would share a column of the table: "
-                        "put a power of two between them")
+        raise UserError(f"--train-len {cfg.train_len} and --test-len {cfg.test_len} would share a column "
+                        "of the table: put a power of two between them")
     if bool(cfg.student) != bool(cfg.teacher):
-        raise UserError("give both --student and --teacher, or neither: the tiny ones share a tokenizer of their own")
+        raise UserError("give both --student and --teacher, or neither: the tiny ones share a tokenizer of "
+                        "their own")
     rl = dict(batch=cfg.batch, group=cfg.group, max_new=cfg.max_new, micro=cfg.micro)
     grpo.check(grpo.Config(**rl, beta=cfg.beta))
     opd.check(opd.Config(**rl))
     check_flags(cfg)
     if cfg.train_len + cfg.max_new > cfg.micro:
-        raise UserError(f"--micro {cfg.micro}: a prompt with one completion can take {cfg.train_len + cfg.max_new} tokens")
+        raise UserError(f"--micro {cfg.micro}: a prompt with one completion can take "
+                        f"{cfg.train_len + cfg.max_new} tokens")
     if not 0 <= cfg.long_share <= 1:
         raise UserError(f"--long-share {cfg.long_share}: a share lies between 0 and 1")
     for flag in ("haystack", "long_data", "short_data", "test_data"):
         paths_of(cfg, flag)
     if cfg.haystack and not cfg.student:
-        raise UserError("--haystack hides the facts of the tasks for checkpoints of your own: give --student and --teacher too")
+        raise UserError("--haystack hides the facts of the tasks for checkpoints of your own: give --student "
+                        "and --teacher too")
     read_haystack(cfg)
     if cfg.student:
         if not Tokenizer.from_dir(cfg.student).same_encoding(Tokenizer.from_dir(cfg.teacher)):
-            raise UserError(f"the teacher {cfg.teacher} encodes text otherwise than the student {cfg.student}: choose "
-                            "one of the same family")
-        check_context(cfg.test_len + cfg.max_new, *(ModelConfig.from_dir(path) for path in (cfg.student, cfg.teacher)))
+            raise UserError(f"the teacher {cfg.teacher} encodes text otherwise than the student "
+                            f"{cfg.student}: choose one of the same family")
+        check_context(cfg.test_len + cfg.max_new,
+                      *(ModelConfig.from_dir(path) for path in (cfg.student, cfg.teacher)))
     if cfg.judge:
         ModelConfig.from_dir(cfg.judge), Tokenizer.from_dir(cfg.judge).chat([dict(role="user", content="")])
 
 
 def train(cfg, out, arm, places, data, watch=None):
-    """Train an arm, or what of it is still to be done -> its checkpoint. places: name -> checkpoint it may go on from."""
+    """Train an arm, or what of it is still to be done -> its checkpoint.
+    places: name -> checkpoint it may go on from."""
     start, stage, options = arm
     if stage is None:
         return places[start]
     options = options | dict(data=data[options["data"]])
     if "teacher" in options:
         options["teacher"] = places.get(options["teacher"], options["teacher"])
-    stage.main(stage.Config(model=places[start], out=out, seed=cfg.seed, ctx=cfg.test_len + cfg.max_new, micro=cfg.micro,
-                            save_every=cfg.save_every, resume=cfg.resume, **options), watch)
+    stage.main(stage.Config(model=places[start], out=out, seed=cfg.seed, ctx=cfg.test_len + cfg.max_new,
+                            micro=cfg.micro, save_every=cfg.save_every, resume=cfg.resume, **options), watch)
     gc.collect()  # FSDP2's modules are cycles: without this they outlive their stage
     return out
 
 
 def run_arms(cfg, arms, places, data, device):
-    """Train and test every arm -> rows of results.jsonl: one for its end and, with --ablate, for every --save-every steps before.
-
+    """Train and test every arm -> rows of results.jsonl: one for its end and, with --ablate, for every
+    --save-every steps before.
     Rows are kept in out/scores/: of a run that stopped, they are not made again."""
     test, places, found = read_examples(data["test"]), dict(places), []
     sampling = PAPER_DECODING if cfg.student else {}
@@ -932,13 +1009,16 @@ def run_arms(cfg, arms, places, data, device):
         judge = load_judge(cfg.judge, device) if cfg.judge else None
         with whole(model) as sampler:
             cells = evaluate(sampler, tokenizer, test, cfg.test_len + cfg.max_new, cfg.max_new, seed=cfg.seed,
-                             progress=f"{'test':8} {progress}", judge=judge, allow_code=cfg.allow_code, **sampling)
+                             progress=f"{'test':8} {progress}", judge=judge, allow_code=cfg.allow_code,
+                             **sampling)
         return dict(**summary(cells, cfg.train_len // 2), n=sum(cell["n"] for cell in cells), scores=cells)
 
     def run_arm(name, arm):
         """Put the arm's checkpoint into places, and return its rows."""
-        folder, file = (os.path.join(cfg.out, *parts) for parts in ([slug(name)], ["scores", f"{slug(name)}.jsonl"]))
-        rows, steps = {row["step"]: row for row in gather(read_rows(file) if rank() == 0 else None)[0]}, arm[2].get("steps", 0)
+        folder, file = (os.path.join(cfg.out, *parts)
+                        for parts in ([slug(name)], ["scores", f"{slug(name)}.jsonl"]))
+        rows, steps = ({row["step"]: row for row in gather(read_rows(file) if rank() == 0 else None)[0]},
+                       arm[2].get("steps", 0))
 
         def note(step, model, tokenizer, **more):
             if step in rows:
@@ -954,7 +1034,8 @@ def run_arms(cfg, arms, places, data, device):
             began = time.time()
             train(cfg, folder, arm, places, data, note if cfg.ablate else None)
             seconds = time.time() - began
-            rewards = [row["reward"] for row in read_rows(os.path.join(folder, "metrics.jsonl"))[1:] if "reward" in row]
+            rewards = [row["reward"] for row in read_rows(os.path.join(folder, "metrics.jsonl"))[1:]
+                       if "reward" in row]
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
             note(steps, *load(places[name], dtype, device), seconds=seconds, rewards=rewards)
         return [rows[step] for step in sorted(rows)]
@@ -974,22 +1055,24 @@ def slug(name):
 
 
 def run_recipe(cfg, arms, device):
-    """Everything, from the data to the rows of the table, in cfg.out -> the rows; None if --until stops it."""
+    """Everything, from the data to the rows of the table, in cfg.out -> the rows;
+    None if --until stops it."""
     log = Log(cfg, "recipe")
     log.begin(keep=lambda row: False)
     at = functools.partial(os.path.join, cfg.out)
-    if not cfg.resume and rank() == 0:  # or this run, if it is killed, would be resumed with stages of the one before
+    if not cfg.resume and rank() == 0:  # or this run, if killed, would resume with stages of the one before
         for name in ["base", "teacher", "scores", *map(slug, arms)]:
             shutil.rmtree(at(name), ignore_errors=True)
 
-    # data, and the models that the paper takes as given: a base that is good at short texts, and a better, larger teacher
+    # data, and the models the paper takes as given: a base good at short texts, and a better, larger teacher
     places = dict(base=cfg.student, teacher=cfg.teacher)
     if cfg.student:
         tokenizer = Tokenizer.from_dir(cfg.student)
     else:
         tokenizer, places["init"] = tiny_tokenizer(task_words()), at("init")
         shape = ModelConfig(vocab_size=-(-tokenizer.n_vocab // 64) * 64,
-                            max_position_embeddings=max(4096, cfg.test_len + cfg.max_new), **PRESETS["tiny-student"])
+                            max_position_embeddings=max(4096, cfg.test_len + cfg.max_new),
+                            **PRESETS["tiny-student"])
         save(at("init"), new_model(shape, cfg.seed), tokenizer)
     data = write_data(cfg, tokenizer)
     for name in ("test", "rl"):
@@ -1035,7 +1118,8 @@ def main(cfg):
     if not cfg.test_data and cfg.test_len > cfg.train_len:
         about += f", {cfg.test_len} tokens is a length no stage has seen"
     minutes = (time.time() - began) / 60
-    print(f"\nMean score in %, ± standard error{about}.\n\n{text}\n\nThis took {minutes:.1f} minutes; see {cfg.out}/.")
+    print(f"\nMean score in %, ± standard error{about}.\n\n{text}\n\n"
+          f"This took {minutes:.1f} minutes; see {cfg.out}/.")
 
 
 if __name__ == "__main__":
