@@ -20,13 +20,12 @@ RULER's synthetic tasks. The sentences are hidden in idle ones, or with --haysta
 short tasks without a document (sum, reverse, copy) stand for the skills that must not be forgotten.
 --long-data, --short-data and --test-data take examples from files instead.
 
-    python recipe.py                        the laptop: 2 cores, about 9 minutes
+    python recipe.py                        the laptop: 2 cores, about 7 minutes
     python recipe.py --until sft            only what `python grpo.py` and `python opd.py` start from
     python recipe.py --student DIR --teacher DIR --train-len 8192 --test-len 16384
                                             with checkpoints of your own
 """
-import bisect, dataclasses, functools, gc, glob, itertools, json, math, os, shutil, string, sys, time
-from collections import Counter
+import bisect, dataclasses, functools, gc, itertools, json, math, os, shutil, string, sys, time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -73,7 +72,7 @@ class Config:
     test_n: int = 64                # test examples per task and length
     judge: str = ""                 # checkpoint that compares answers with references (paper: Qwen3-4B)
     allow_code: bool = False        # run the programs that completions contain, where examples bring tests
-    ablate: bool = False            # the paper's studies instead: 37 arms per seed, in out/seed-N/ (hours)
+    ablate: bool = False            # the paper's studies instead: 33 arms per seed, in out/seed-N/ (hours)
     seeds: int = 3                  # how many seeds --ablate runs, from --seed on
     seed: int = 0                   # data, weights and sampling
     save_every: int = 20            # steps between checkpoints to go on from
@@ -440,7 +439,7 @@ SHORT = {"sum": ask_sum, "reverse": ask_reverse, "copy": ask_copy}
 
 # ---- examples
 
-SPLITS = ["base", "sft", "rl", "test", "words", "teacher"]  # every split draws documents of its own
+SPLITS = dict(base=0, sft=1, rl=2, test=3, teacher=5)  # every split draws documents of its own
 
 
 def long_examples(seed, split, n, length, questions, kinds, tokenizer, haystack=()):
@@ -452,7 +451,7 @@ def long_examples(seed, split, n, length, questions, kinds, tokenizer, haystack=
         return len(tokenizer.encode(" " + piece))
 
     for i in range(n):
-        rng = np.random.default_rng([seed, SPLITS.index(split), length, i])
+        rng = np.random.default_rng([seed, SPLITS[split], length, i])
         asked = [kinds[(i + j) % len(kinds)] for j in range(questions)]
         fill, document, tasks = FAMILIES[asked[0]](rng, length, asked, haystack)
         longest = max(tasks, key=lambda t: len(tokenizer.encode(t["question"])))
@@ -487,7 +486,7 @@ def most(size, estimate, limit):
 def short_examples(seed, split, n, end=""):
     """n short examples, each a list of one; end is put after every question."""
     for i in range(n):
-        rng = np.random.default_rng([seed, SPLITS.index(split), 0, i])
+        rng = np.random.default_rng([seed, SPLITS[split], 0, i])
         kind = list(SHORT)[i % len(SHORT)]
         example = dict(id=f"{split}-short-{i}", source="generated", kind=kind,
                        **SHORT[kind](rng, split == "test"))
@@ -549,7 +548,7 @@ def write_data(cfg, tokenizer):
     tested on it and on RULER. Where the user gives files, nothing is made: their examples are read by place,
     in random order."""
     kinds, end = (list(ARCHIVE), " " + LANGUAGES["en"]["end"]) if cfg.student else (list(PILE), "")
-    haystack, skipped = read_haystack(cfg), Counter()
+    haystack, skipped = read_haystack(cfg), {}
 
     def size(examples):  # tokens of a document count once, as they are computed once
         asked = examples[:1] + [e | dict(document="") for e in examples[1:]]
@@ -560,13 +559,13 @@ def write_data(cfg, tokenizer):
         field = cfg.response_field if split == "sft" else None
         examples = torch.utils.data.ConcatDataset(
             [read_examples(path, field) for path in paths_of(cfg, flag)])
-        for i in np.random.default_rng([cfg.seed, SPLITS.index(split)]).permutation(len(examples)).tolist():
+        for i in np.random.default_rng([cfg.seed, SPLITS[split]]).permutation(len(examples)).tolist():
             example = examples[i]
             if field:
                 example = example | dict(response=demonstration(example, field))
             prompt = len(tokenizer.chat(prompt_messages(example)))
             if prompt > cfg.train_len or size([example]) > cfg.test_len + cfg.max_new:
-                skipped[flag, split] += 1
+                skipped.setdefault((flag, split), set()).add(i)  # several mixtures may read the same file
             else:
                 yield [example]
 
@@ -612,7 +611,7 @@ def write_data(cfg, tokenizer):
             raise UserError(f"{paths[name]} would be empty: no example fits into --train-len {cfg.train_len}")
         os.replace(paths[name] + ".writing", paths[name])
     for (flag, split), n in skipped.items():
-        print(f"{split}: {n} examples of --{flag.replace('_', '-')} are left out: longer than --train-len, "
+        print(f"{split}: {len(n)} examples of --{flag.replace('_', '-')} are left out: longer than --train-len, "
               "or with their demonstration than --test-len + --max-new", file=sys.stderr)
     barrier()
     return paths
@@ -645,7 +644,7 @@ def recipe_arms(cfg):
 
 
 def ablation_arms(cfg):
-    """Those, and the paper's other studies: each changes one thing of SFT+dGRPO."""
+    """recipe_arms and, as variations of SFT+dGRPO, the arms of the paper's other studies."""
     cold, _, scored, both = settings(cfg)
     twice = dict(updates=2)  # with one update per rollout the KL to the policy that sampled is exactly 0
     kd = dict(cold, teacher="teacher", lam=0.0, kl="forward", max_new=cfg.max_new,
@@ -697,6 +696,8 @@ def over_seeds(values):
 
 
 def percent(values, sign=""):
+    if not values:
+        return ""
     mean, error = over_seeds(values)
     return f"{100 * mean:{sign}.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
 
@@ -717,14 +718,15 @@ def studies(rows):
     for title, arms in STUDIES.items():
         lines = [f"| {title} | long | short | long, against SFT+dGRPO | short | seeds |",
                  "|---|---|---|---|---|---|"]
-        for arm in arms:
-            seeds = final[arm].keys() & final["SFT+dGRPO"].keys()
-            scores = [[final[arm][seed][score] for seed in seeds] for score in ("long", "short")]
-            gains = [[final[arm][seed][score] - final["SFT+dGRPO"][seed][score] for seed in seeds]
-                     for score in ("long", "short")]
-            cells = ([percent(x) for x in scores]
-                     + [percent(x, "+") if arm != "SFT+dGRPO" else "" for x in gains])
-            lines.append(f"| {arm} | {' | '.join(cells)} | {len(seeds)} |")
+        for name in arms:
+            pairs = [(final[name][seed], final["SFT+dGRPO"][seed])
+                     for seed in final[name].keys() & final["SFT+dGRPO"].keys()]
+            scores, gains = [], []
+            for score in ("long", "short"):
+                told = [(a[score], b[score]) for a, b in pairs if a[score] is not None]
+                scores.append(percent([a for a, _ in told]))
+                gains.append(percent([a - b for a, b in told], "+") if name != "SFT+dGRPO" else "")
+            lines.append(f"| {name} | {' | '.join(scores + gains)} | {len(pairs)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -757,9 +759,9 @@ def plot(path):
         import matplotlib.pyplot as plt
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from None
-    drawn = 0
+    drawn, results = 0, seeded(path)
     for name, rows, draw in [("metrics", runs_below(path), draw_metrics),
-                             ("steps", seeded(path), draw_steps), ("studies", seeded(path), draw_studies),
+                             ("steps", results, draw_steps), ("studies", results, draw_studies),
                              ("bench", trained(os.path.join(path, "bench.jsonl")), draw_bench)]:
         if rows:
             file = os.path.join(path, f"{name}.png")
@@ -789,11 +791,14 @@ def seeded(path):
                - (rows[0].keys() if rows else set()))
     if rows and missing:
         raise UserError(f"{file} was written by another version: its rows lack {', '.join(sorted(missing))}")
-    final = ends(rows)
-    if len(final) > 7 and ({*itertools.chain(*STUDIES.values())} - final.keys()
-                           or None in (rows[0]["long"], rows[0]["short"])):
-        raise UserError(f"{file} lacks arms or scores: run recipe.py --ablate to its end")
-    return rows if len(final) > 7 else []
+    final = ends(rows).keys()
+    if final <= {*STUDIES["Method"]}:  # of the plain recipe: the table says it all
+        return []
+    if lacking := {*itertools.chain(*STUDIES.values())} - final:
+        raise UserError(f"{file} lacks {', '.join(sorted(lacking))}: run recipe.py --ablate to its end")
+    if None in (rows[0]["long"], rows[0]["short"]):
+        raise UserError(f"{file} has no long or no short scores: the figures need both")
+    return rows
 
 
 def trained(file):
@@ -846,14 +851,14 @@ def draw_steps(plt, rows):
     figure, axes = plt.subplots(1, 3, figsize=(13, 4))
     for arm in ["SFT+GRPO", "SFT+OPD", "SFT+dGRPO", "dGRPO without SFT"]:
         ended = final[arm]
-        steps = sorted({*curves[arm, min(ended)]})
+        steps = sorted(set.intersection(*({*curves[arm, seed]} for seed in ended)))
         for axis, name in zip(axes, ("long", "short")):
             values = [[100 * row[name]
                        for row in [final[end["start"]][seed], *(curves[arm, seed][s] for s in steps)]]
                       for seed, end in ended.items()]
             line_over_seeds(axis, [0, *steps], values, arm, **STYLES[arm])
             axis.set(title=f"{name} score", xlabel="step", ylabel="mean score, %")
-        if all(end["rewards"] for end in ended.values()):
+        if all(len(end["rewards"]) >= 5 for end in ended.values()):
             means = [np.convolve(end["rewards"], np.full(5, 0.2), "valid")  # of 5 steps each
                      for end in ended.values()]
             line_over_seeds(axes[2], range(2, 2 + len(means[0])), means, arm, **STYLES[arm] | dict(marker=""))
@@ -866,8 +871,8 @@ def draw_steps(plt, rows):
 def draw_studies(plt, rows):
     """The short/long frontier; the weight of the KL; the mixture;
     scores against the length of the context."""
-    final = ends(rows)
-    figure, ((frontier, beta, ), (mix, length)) = plt.subplots(2, 2, figsize=(11, 9))
+    final, longs = ends(rows), sorted({c["length"] for c in rows[0]["scores"] if c["family"] not in SHORT})
+    figure, ((frontier, beta), (mix, length)) = plt.subplots(2, 2, figsize=(11, 9))
 
     def scores(arm, name):
         return [100 * row[name] for _, row in sorted(final[arm].items())]
@@ -875,17 +880,14 @@ def draw_studies(plt, rows):
     for arm, style in STYLES.items():
         (x, dx), (y, dy) = (over_seeds(scores(arm, name)) for name in ("short", "long"))
         frontier.errorbar(x, y, dy, dx, label=arm, capsize=2, **style | dict(linestyle="none"))
-        cells = {n: [[100 * np.mean([c["mean"] for c in row["scores"] if c["length"] == n])]
+        by_length = [[100 * np.mean([c["mean"] for c in row["scores"] if c["length"] == n]) for n in longs]
                      for row in final[arm].values()]
-                 for n in sorted({c["length"] for c in rows[0]["scores"]})}
-        longs = [n for n in cells if n >= max(cells) / 4]
-        line_over_seeds(length, longs, [list(itertools.chain(*row))
-                                        for row in zip(*(cells[n] for n in longs))], arm, **style)
+        line_over_seeds(length, longs, by_length, arm, **style)
     frontier.set(title="methods", xlabel="short score, %", ylabel="long score, %")
     frontier.legend(fontsize=8)
 
-    weights = ["0", *(f"{b:g}" for b in BETAS[:2]), "0.5", *(f"{b:g}" for b in BETAS[2:]), "OPD"]
-    shares = [*SHARES[:-1], 90, SHARES[-1]]
+    weights = ["0", *(f"{b:g}" for b in BETAS[:2]), Config.beta, *(f"{b:g}" for b in BETAS[2:]), "OPD"]
+    shares = [*SHARES[:-1], 100 * Config.long_share, SHARES[-1]]
     for axis, x, study in [(beta, range(len(weights)), "Weight of the KL"),
                            (mix, shares, "Share of long tokens")]:
         for name, style in [("long", STYLES["SFT+dGRPO"]), ("short", STYLES["SFT+GRPO"])]:
@@ -894,8 +896,9 @@ def draw_studies(plt, rows):
     beta.set(title="weight of the KL to the teacher", xlabel="beta", ylabel="mean score, %",
              xticks=range(len(weights)), xticklabels=weights)
     mix.set(title="mixture of SFT and dGRPO", xlabel="long tokens, %", ylabel="mean score, %")
-    length.axvline(longs[-2], color="0.8", linewidth=8, zorder=0)
-    length.annotate("longest in training", (longs[-2], 2), rotation=90, ha="center", fontsize=7)
+    if len(longs) == 3:  # as write_data makes them: two of the training, and one that nobody trains on
+        length.axvline(longs[1], color="0.8", linewidth=8, zorder=0)
+        length.annotate("longest in training", (longs[1], 2), rotation=90, ha="center", fontsize=7)
     length.set(title="score against the length of the context", xlabel="prompt, tokens",
                ylabel="mean score of the long tasks, %", xscale="log", xticks=longs, xticklabels=longs)
     length.minorticks_off()
@@ -979,13 +982,18 @@ def check(cfg):
                             f"{cfg.student}: choose one of the same family")
         check_context(cfg.test_len + cfg.max_new,
                       *(ModelConfig.from_dir(path) for path in (cfg.student, cfg.teacher)))
+    if cfg.ablate and (cfg.beta, cfg.long_share) != (Config.beta, Config.long_share):
+        raise UserError(f"--ablate varies --beta and --long-share itself, around {Config.beta} and "
+                        f"{Config.long_share}: leave them out")
+    if cfg.ablate and os.path.exists(os.path.join(cfg.out, "metrics.jsonl")):
+        raise UserError(f"{cfg.out} holds a run without --ablate: choose another --out")
     if cfg.judge:
         ModelConfig.from_dir(cfg.judge), Tokenizer.from_dir(cfg.judge).chat([dict(role="user", content="")])
 
 
 def train(cfg, out, arm, places, data, watch=None):
-    """Train an arm, or what of it is still to be done -> its checkpoint.
-    places: name -> checkpoint it may go on from."""
+    """Train an arm, or what of it is still to be done -> its checkpoint. places: name -> checkpoint it may go
+    on from, or learn from. watch(step, model, tokenizer): see model.Run."""
     start, stage, options = arm
     if stage is None:
         return places[start]
@@ -1033,7 +1041,7 @@ def run_arms(cfg, arms, places, data, device):
         if steps not in rows:
             began = time.time()
             train(cfg, folder, arm, places, data, note if cfg.ablate else None)
-            seconds = time.time() - began
+            seconds = time.time() - began  # less than the arm took where it went on from a checkpoint
             rewards = [row["reward"] for row in read_rows(os.path.join(folder, "metrics.jsonl"))[1:]
                        if "reward" in row]
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -1098,21 +1106,26 @@ def main(cfg):
     check(cfg)
     device, began, at = init(), time.time(), functools.partial(os.path.join, cfg.out)
     if cfg.ablate:
-        for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-            folder = at(f"seed-{seed}")
-            rows = run_recipe(dataclasses.replace(cfg, out=folder, seed=seed), ablation_arms(cfg), device)
+        seeds = range(cfg.seed, cfg.seed + cfg.seeds)
+        others = [int(name[5:]) for name in os.listdir(cfg.out) if regex.fullmatch(r"seed-\d+", name)
+                  ] if os.path.isdir(cfg.out) else []
+        of_seed = {seed: dataclasses.replace(cfg, out=at(f"seed-{seed}"), seed=seed)
+                   for seed in {*seeds, *others}}
+        for each in of_seed.values():  # what other processes made counts too, if its flags are ours
+            Log(each, "recipe")
+        for seed in seeds:
+            rows = run_recipe(of_seed[seed], ablation_arms(cfg), device)
             if rows and rank() == 0:
-                write_rows(os.path.join(folder, "results.jsonl"), rows)
-        files = sorted(glob.glob(at("seed-*", "results.jsonl")))  # those of other processes too
-        rows = [row for file in files for row in read_rows(file)]
+                write_rows(at(f"seed-{seed}", "results.jsonl"), rows)
+        rows = [row for seed in sorted(of_seed) for row in read_rows(at(f"seed-{seed}", "results.jsonl"))]
     else:
         rows = run_recipe(cfg, recipe_arms(cfg), device)
     if rank() > 0:
         return
     if cfg.until:
         return print(f"stopped after {cfg.until}, as --until says")
-    text = studies(rows) if cfg.ablate else table(rows)
     write_rows(at("results.jsonl"), rows)
+    text = studies(rows) if cfg.ablate else table(rows)
     write_file(at("results.md"), f"{text}\n".encode())
     about = "" if cfg.test_data else f"; {cfg.test_n} test examples per task and length"
     if not cfg.test_data and cfg.test_len > cfg.train_len:

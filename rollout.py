@@ -172,7 +172,7 @@ def prompt_messages(example):
 
 
 def demonstration(example, field):
-    """The text to learn from: that column, or a conversation's last turn of the assistant. None without one."""
+    """The text to learn from: that column, or the assistant's last turn of a conversation, or None."""
     if "messages" in example and field not in example:
         return example["messages"][-1]["content"] if example["messages"][-1]["role"] == "assistant" else None
     return example.get(field)
@@ -237,7 +237,7 @@ SHARE_BYTES = {"cpu": 2e6, "cuda": 6e7}  # see Cache.start; CUDA's is computed (
 @dataclass
 class Completion:
     tokens: list       # the last one is a stop id if finished
-    logps: list        # log-prob of each under softmax(logits / temperature), as in training (greedy: as at 1)
+    logps: list        # log-prob of each under softmax(logits / temperature), as in training; greedy: as at 1
     finished: bool     # False: cut off at max_new_tokens
 
 
@@ -550,7 +550,7 @@ def sample_wave(model, prompts, n, noise, sampling, penalty, stop_ids, chunk, fi
     ended, step = np.zeros(count, dtype=bool), None
 
     for t in range(1, max_new_tokens + 1):
-        for i, stop in zip(which, batch.stopped.cpu().numpy()):                   # the only transfer of every step
+        for i, stop in zip(which, batch.stopped.cpu().numpy()):               # every step's only transfer
             if (stop or t == max_new_tokens) and not ended[i]:
                 ended[i] = True
                 finish(i, batch.written[i, :t].tolist(), batch.logps[i, :t].tolist(), bool(stop))
