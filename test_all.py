@@ -8,8 +8,8 @@ Oracles are written the slow and obvious way: a whole forward pass per token, a 
 enumerated expectation, fp64. Where others have defined what right is, transformers==5.23.0, tokenizers and
 trl==1.16.0 are asked. Without a GPU the Triton kernels run in Triton's interpreter, from the same source.
 """
-import ast, base64, copy, dataclasses, importlib.util, inspect, itertools, json, math, os, random, re, resource, runpy, shutil
-import signal, statistics, subprocess, sys, tempfile, time, unicodedata, weakref
+import ast, base64, copy, dataclasses, importlib.util, inspect, itertools, json, math, os, random, re
+import resource, runpy, shutil, signal, statistics, subprocess, sys, tempfile, time, unicodedata, weakref
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -107,9 +107,9 @@ def test_only_the_six_packages_are_needed(name):
     packages = {"torch", "numpy", "tiktoken", "safetensors", "triton", "tqdm"}
     if name == "rollout":
         packages.add("transformers")    # its --bench compares with it where it is installed
-    optional = {"matplotlib", "liger_kernel", "regex"}      # figures; a benchmark; what tiktoken needs itself
-    assert (imported(name) - set(ORDER) - set(sys.stdlib_module_names)
-            <= packages | optional | ({"liger_kernel"} if name == "kernels" else set()))
+    # figures; what tiktoken itself needs; a benchmark
+    optional = dict(recipe={"matplotlib", "regex"}, model={"regex"}, kernels={"liger_kernel"})
+    assert imported(name) - set(ORDER) - set(sys.stdlib_module_names) <= packages | optional.get(name, set())
 
 
 # ---------------------------------------------------------------------------------------------------- kernels
@@ -348,17 +348,6 @@ def test_beats_eager_on_the_cpu():
     ours, eager = map(min, seconds)
     print(f"eager takes {eager / ours:.1f}x the CPU time")
     assert eager > 1.4 * ours
-
-
-def test_jsd_is_that_of_trl():
-    trainer = pytest.importorskip("trl.experimental.gkd.gkd_trainer", exc_type=ImportError).GKDTrainer
-    inputs = head(17, 97)
-    student, teacher = inputs[0] @ inputs[1].T, inputs[3] @ inputs[4].T
-    for beta in (0.1, 0.5, 0.8):
-        true = trainer.generalized_jsd_loss(student[None], teacher[None], beta=beta, temperature=0.7,
-                                            reduction="none").sum(-1)[0]
-        found = token_stats(*inputs, kl="jsd", jsd_weight=beta, temperature=0.7).kl
-        assert torch.allclose(found, true, atol=1e-6)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -1616,6 +1605,7 @@ def corrupted_checkpoint(sound, path, seed):
         assert "\n" not in str(error) and len(str(error)) < 800 and str(path) in str(error), what
         return str(error)
     assert_read_as_written(path, *loaded)
+    return None
 
 
 def test_merges_in_any_order_are_refused_or_followed():
@@ -1643,8 +1633,9 @@ def test_merges_in_any_order_are_refused_or_followed():
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="limits memory as Linux does")
 @pytest.mark.parametrize("batch", range(4))
 def test_a_corrupt_checkpoint_is_refused_in_one_line_or_read_as_it_is_written(batch, sound, tmp_path):
-    for seed in range(50 * batch, 50 * batch + 50):
-        corrupted_checkpoint(sound, tmp_path / str(seed), seed)
+    seeds = range(50 * batch, 50 * batch + 50)
+    errors = [corrupted_checkpoint(sound, tmp_path / str(seed), seed) for seed in seeds]
+    assert 10 < len(errors) - errors.count(None) < 50       # some are harmless: spaces, fields nobody reads
 
 
 # ----------------------------------------------------------------------------------- real checkpoints: in use
@@ -2397,6 +2388,7 @@ def test_rule_and_judge_are_joined_by_the_larger_and_a_right_answer_needs_no_jud
     rewards, reasons = rollout.rewards_of([e] * 3, ["Answer: Rome", "Answer: Roma", "Oslo"], judge.judge)
     assert rewards == [1, 1, 0] and len(judge.prompts) == 2 and reasons == {"exact: no answer announced": 1}
     assert rollout.rewards_of([dict(e, reward="exact")], ["Answer: Roma"], judge.judge)[0] == [0.0]
+    assert rollout.rewards_of([e], ["Roma"], judge.judge) == ([1.0], {})          # scored, if not by every rule
     chat = dict(messages=[dict(role="user", content="Where?"),
                           dict(role="assistant", content="<think>\nhm\n</think>\n\nRome")])
     assert rollout.rewards_of([chat], ["Roma"], judge.judge)[0] == [1.0]
@@ -2471,14 +2463,14 @@ def test_any_order_of_reading_gives_the_lines_themselves_odd_characters_and_all(
 def test_reading_keeps_no_more_than_the_places_of_lines(tmp_path):
     line = json.dumps(dict(question="Who?", answer="Bob", document="Ada Bob. " * 10_000)) + "\n"
     (tmp_path / "data.jsonl").write_text(line * 300)                               # 27 MB
-    code = ("import resource, rollout\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+    code = ("import rollout\nbefore = rollout.high_water('cpu')\n"  # ru_maxrss would begin at the parent's
             f"examples = rollout.read_examples({str(tmp_path / 'data.jsonl')!r})\n"
             "assert len(examples[299]['document']) == 90_000\n"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
+            "print(rollout.high_water('cpu') - before)")
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True,
                           timeout=100)
     (tmp_path / "data.jsonl").unlink()
-    assert int(done.stdout) < 5_000                                                      # KiB
+    assert float(done.stdout) < 5e6
 
 
 def test_examples_too_long_for_the_context_are_left_out_and_counted(world, tmp_path, capsys):
@@ -3368,11 +3360,12 @@ def test_a_thousand_examples_of_32k_tokens_take_less_than_a_minute(qwen_chat):
 
 def test_documents_do_not_depend_on_the_order_of_access(qwen_chat):
     kinds = [*recipe.ARCHIVE, *recipe.RULER]
-    runs = [recipe.long_examples(3, "rl", 24, 1024, 1, kinds, qwen_chat) for _ in range(2)]
+    runs = [recipe.long_examples(3, "rl", n, 1024, 1, kinds, qwen_chat) for n in (24, 24, 30)]
+    other = recipe.long_examples(3, "test", 24, 1024, 1, kinds, qwen_chat)
     first = list(runs[0])
     random.seed(7), np.random.seed(7)                          # nobody listens to these
-    list(recipe.long_examples(3, "test", 5, 1024, 1, kinds, qwen_chat))
-    assert list(runs[1]) == first and len({e["document"] for e, in first}) == 24
+    assert [next(run) for _ in range(24) for run in (runs[1], other, runs[2])][::3] == first
+    assert len({e["document"] for e, in first}) == 24 and next(runs[2]) not in first
 
 
 def test_a_text_of_the_users_keeps_its_order_around_the_facts(tmp_path, qwen_chat):
@@ -3573,13 +3566,12 @@ def few_arms(monkeypatch):
 def test_the_ablation_ends_in_tables_and_figures_however_often_it_is_stopped(few_arms, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     out, straight, main = tmp_path / "out", tmp_path / "straight", grpo.main
-    for until in (2,):                                      # a power cut, and a row half written
-        runs = itertools.count()
-        monkeypatch.setattr(grpo, "main", lambda *args: power_cut() if next(runs) == until else main(*args))
-        with pytest.raises(InterruptedError):
-            recipe.main(recipe.Config(out=str(out), **few_arms))
-        with open(out / "seed-0" / "scores" / "sft-grpo.jsonl", "a") as f:
-            f.write('{"arm": "SFT+GR')
+    runs = itertools.count()                                # a power cut, and a row half written
+    monkeypatch.setattr(grpo, "main", lambda *args: power_cut() if next(runs) == 2 else main(*args))
+    with pytest.raises(InterruptedError):
+        recipe.main(recipe.Config(out=str(out), **few_arms))
+    with open(out / "seed-0" / "scores" / "sft-grpo.jsonl", "a") as f:
+        f.write('{"arm": "SFT+GR')
     trained = []
     monkeypatch.setattr(grpo, "main", lambda cfg, watch: trained.append(cfg.out) or main(cfg, watch))
     recipe.main(recipe.Config(out=str(out), **few_arms))
@@ -3607,7 +3599,9 @@ def test_the_ablation_ends_in_tables_and_figures_however_often_it_is_stopped(few
     recipe.main(recipe.Config(plot=str(out / "seed-1" / "sft-dgrpo")))
     assert (out / "seed-1" / "sft-dgrpo" / "metrics.png").exists()
 
-    for broken, message in [(rows[:-1], "lacks arms"),
+    with pytest.raises(UserError, match="seed-0 holds a run of another configuration .test_n: 1 there, 2"):
+        recipe.main(recipe.Config(out=str(out), **few_arms | dict(seed=5, seeds=1, test_n=2)))
+    for broken, message in [([row for row in rows if row["arm"] != "KD"], "lacks KD: run recipe.py --ablate"),
                             ([{"arm": "base", "seed": 0}], "another version: its rows lack long")]:
         (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in broken))
         with pytest.raises(UserError, match=message):
@@ -3655,6 +3649,16 @@ def test_every_arm_differs_from_the_others_and_every_study_from_its_reference(tm
 
 
 # ------------------------------------------------------------------------------------------ runs that survive
+
+def steps_of(stage, cfg):
+    """The steps that a run of the stage takes: a resumed one only those that are left."""
+    taken = []
+    with pytest.MonkeyPatch.context() as patch:
+        log = model.Run.log
+        patch.setattr(model.Run, "log", lambda self, row: taken.append(self.step) or log(self, row))
+        stage.main(cfg)
+    return taken
+
 
 def interrupted(stage, cfg, at, cut, watch=None):
     """Run a stage, and call cut() when it logs step `at`; what that raises is the caller's."""
@@ -3714,8 +3718,9 @@ def test_a_run_that_was_cut_off_goes_on_from_its_newest_checkpoint(stage, at, wo
     assert not (cut / "config.json").exists() and [name for name in os.listdir(cut) if "step" in name] == kept
     with open(cut / "metrics.jsonl", "a") as f:
         f.write('{"step": 3, "lo')                          # a line that was being written
-    stage.main(long_run(stage, world, cut, micro=120, save_every=1))  # flags that change no result may change
-    stage.main(long_run(stage, world, straight))            # finished: nothing happens
+    changed = long_run(stage, world, cut, micro=120, save_every=1)  # flags that change no result may change
+    assert steps_of(stage, changed) == list(range(at // 2 * 2, 5))
+    assert steps_of(stage, long_run(stage, world, straight)) == []      # finished: nothing happens
     close(*(torch.cat([t.flatten() for t in weights_of(path).values()]) for path in (cut, straight)), 1e-5)
     assert [row["step"] for row in untimed(cut / "metrics.jsonl")] == [0, 1, 2, 3, 4]
     assert not [name for name in os.listdir(cut) if "step-" in name or "writing" in name or "lock" in name]
@@ -3729,7 +3734,7 @@ def test_resumed_with_the_same_flags_all_bits_and_rows_are_the_same(stage, world
     for at in (1, 3, 4):
         with pytest.raises(InterruptedError):
             interrupted(stage, long_run(stage, world, cut), at, power_cut)
-    stage.main(long_run(stage, world, cut))
+    assert steps_of(stage, long_run(stage, world, cut)) == [4]
     assert (same_weights(cut, straight)
             and untimed(cut / "metrics.jsonl") == untimed(straight / "metrics.jsonl"))
 
@@ -3740,7 +3745,7 @@ def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on(world, tmp_path, 
         interrupted(sft, cfg, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert end.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) == handler
     assert "SIGTERM: stopped after step 3 of 5; the same command goes on" in capsys.readouterr().err
-    sft.main(cfg)
+    assert steps_of(sft, cfg) == [3, 4]
     sft.main(long_run(sft, world, tmp_path / "straight"))
     assert same_weights(tmp_path / "out", tmp_path / "straight")
 
@@ -3960,8 +3965,9 @@ def test_one_two_and_four_ranks_compute_the_same(world, tmp_path):
         alone = untimed(tmp_path / "0" / stage / "metrics.jsonl")
         for ranks in (2, 4):
             rows = untimed(tmp_path / str(ranks) / stage / "metrics.jsonl")
-            for name in ("loss", "grad_norm", "length", "reward"):
-                curves = [[row.get(name, 0) for row in run] for run in (rows, alone)]
+            sampled, scored = stage in ("grpo", "self", "opd"), stage in ("grpo", "self")
+            for name in ["loss", "grad_norm"] + ["length"] * sampled + ["reward"] * scored:
+                curves = [[row[name] for row in run] for run in (rows, alone)]
                 assert curves[0] == pytest.approx(curves[1], rel=1e-4, abs=1e-5), (stage, ranks, name)
             assert len(rows) == 5 and (tmp_path / str(ranks) / stage / "config.json").exists()
             ours, theirs = (torch.cat([t.flatten() for t in weights_of(tmp_path / run / stage).values()])
@@ -4257,6 +4263,7 @@ def test_a_checkpoint_without_a_chat_template_is_refused_for_training(world, tmp
     (opd, dict(top_k=10**6), "--top-k 1000000"), (opd, dict(kl="jsd", jsd_weight=1.0), "--jsd-weight 1"),
     (recipe, dict(group=1), "--group 1"), (recipe, dict(micro=99), "--micro 99"),
     (recipe, dict(until="x"), "--until x"), (recipe, dict(test_n=0), "--test-n 0"),
+    (recipe, dict(ablate=True, beta=1.0), "--ablate varies --beta"),
     (recipe, dict(train_len=300), "--train-len 300 and --test-len 512 would share a column"),
     (recipe, dict(test_len=100), "--test-len 100"), (recipe, dict(student="a"), "both --student and"),
     (recipe, dict(student="a", teacher="b"), "a has no tokenizer.json")], ids=str)
@@ -4327,7 +4334,7 @@ def test_a_directory_of_somebody_else_is_left_alone(world, tmp_path):
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
-# -------------------------------------------------------------------------------------------------------------------- README
+# ----------------------------------------------------------------------------------------------------- README
 
 def blocks_of_the_readme(language):
     with open(os.path.join(HERE, "README.md"), encoding="utf-8") as f:
@@ -4346,7 +4353,7 @@ def test_flags_in_the_readme_exist():
              for flag in re.findall(r"--([a-z][a-z-]*)", rest) if name in SCRIPTS]
     assert len(found) > 40
     for name, flag in found:
-        assert flag.replace("-", "_").removeprefix("no_") in sys.modules[name].Config.__dataclass_fields__, (name, flag)
+        assert flag.replace("-", "_").removeprefix("no_") in sys.modules[name].Config.__annotations__, flag
 
 
 def test_a_task_and_a_reward_of_ones_own_take_thirty_lines(tmp_path, monkeypatch, capsys):
