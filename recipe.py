@@ -541,7 +541,7 @@ def read_haystack(cfg):
     return sentences
 
 
-def write_data(cfg, tokenizer):
+def write_data(cfg, tokenizer, tiny=False):
     """The JSONL files of every stage. Returns their paths by name.
 
     Tiny models learn the pile and are tested on it. Checkpoints of the user's learn the archive, and are
@@ -595,7 +595,7 @@ def write_data(cfg, tokenizer):
     for name, share in [("", cfg.long_share)] + [(f"-{share}", share / 100) for share in SHARES] * cfg.ablate:
         splits["sft" + name] = mix("sft", max(500, cfg.sft_steps * sft.Config.batch), lengths, 8, share)
         splits["rl" + name] = mix("rl", max(500, cfg.rl_steps * cfg.batch), lengths, 1, share)
-    if not cfg.student:
+    if tiny:  # what the tiny base and teacher learn from
         splits |= dict(base=mix("base", 5000, BASE_LENS, 8, 0.7),
                        teacher=mix("teacher", 1500, lengths, 8, 0.6))
     paths = {name: os.path.join(cfg.out, "data", f"{name}.jsonl") for name in splits}
@@ -611,8 +611,8 @@ def write_data(cfg, tokenizer):
             raise UserError(f"{paths[name]} would be empty: no example fits into --train-len {cfg.train_len}")
         os.replace(paths[name] + ".writing", paths[name])
     for (flag, split), n in skipped.items():
-        print(f"{split}: {len(n)} examples of --{flag.replace('_', '-')} are left out: longer than --train-len, "
-              "or with their demonstration than --test-len + --max-new", file=sys.stderr)
+        print(f"{split}: {len(n)} examples of --{flag.replace('_', '-')} are left out: prompts longer than "
+              "--train-len, or with their demonstration than --test-len + --max-new", file=sys.stderr)
     barrier()
     return paths
 
@@ -985,6 +985,8 @@ def check(cfg):
     if cfg.ablate and (cfg.beta, cfg.long_share) != (Config.beta, Config.long_share):
         raise UserError(f"--ablate varies --beta and --long-share itself, around {Config.beta} and "
                         f"{Config.long_share}: leave them out")
+    if cfg.ablate and cfg.until:
+        raise UserError(f"--until {cfg.until} stops the recipe, not --ablate: leave one of them out")
     if cfg.ablate and os.path.exists(os.path.join(cfg.out, "metrics.jsonl")):
         raise UserError(f"{cfg.out} holds a run without --ablate: choose another --out")
     if cfg.judge:
@@ -1062,9 +1064,9 @@ def slug(name):
     return regex.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
-def run_recipe(cfg, arms, device):
-    """Everything, from the data to the rows of the table, in cfg.out -> the rows;
-    None if --until stops it."""
+def run_recipe(cfg, arms, device, given=None):
+    """Everything, from the data to the rows of the table, in cfg.out -> places of base and teacher, and rows
+    (None if --until stops it). given: those places, if both are made already."""
     log = Log(cfg, "recipe")
     log.begin(keep=lambda row: False)
     at = functools.partial(os.path.join, cfg.out)
@@ -1073,22 +1075,21 @@ def run_recipe(cfg, arms, device):
             shutil.rmtree(at(name), ignore_errors=True)
 
     # data, and the models the paper takes as given: a base good at short texts, and a better, larger teacher
-    places = dict(base=cfg.student, teacher=cfg.teacher)
-    if cfg.student:
-        tokenizer = Tokenizer.from_dir(cfg.student)
-    else:
-        tokenizer, places["init"] = tiny_tokenizer(task_words()), at("init")
+    places = dict(given or dict(base=cfg.student, teacher=cfg.teacher))
+    tokenizer = Tokenizer.from_dir(cfg.student) if cfg.student else tiny_tokenizer(task_words())
+    if not places["base"]:
+        places["init"] = at("init")
         shape = ModelConfig(vocab_size=-(-tokenizer.n_vocab // 64) * 64,
                             max_position_embeddings=max(4096, cfg.test_len + cfg.max_new),
                             **PRESETS["tiny-student"])
         save(at("init"), new_model(shape, cfg.seed), tokenizer)
-    data = write_data(cfg, tokenizer)
+    data = write_data(cfg, tokenizer, tiny=not places["base"])
     for name in ("test", "rl"):
         check_rewards(read_examples(data[name]), cfg.judge, cfg.allow_code)
-    if cfg.until != "data" and not cfg.student:
+    if cfg.until != "data" and not places["base"]:
         options = dict(data="base", steps=cfg.base_steps, lr=3e-3, schedule="cosine", warmup=20, batch=32)
         places["base"] = train(cfg, at("base"), ("init", sft, options), places, data)
-    if cfg.until not in ("data", "base") and not cfg.teacher:
+    if cfg.until not in ("data", "base") and not places["teacher"]:
         places["init-teacher"] = at("init-teacher")
         deepen(places["base"], places["init-teacher"], cfg.seed)
         options = dict(data="teacher", steps=cfg.teacher_steps, lr=2e-3, schedule="cosine")
@@ -1097,7 +1098,18 @@ def run_recipe(cfg, arms, device):
         train(cfg, at("sft"), arms["SFT"], places, data)
     rows = None if cfg.until else run_arms(cfg, arms, places, data, device)
     log.close()
-    return rows
+    return {name: places[name] for name in ("base", "teacher")}, rows
+
+
+def given_models(cfg, device):
+    """Base and teacher of --ablate, alike for all seeds: the user's, or tiny ones made once, in out/given."""
+    if cfg.student:
+        return dict(base=cfg.student, teacher=cfg.teacher)
+    cfg = dataclasses.replace(cfg, out=os.path.join(cfg.out, "given"), seed=0, ablate=False, until="teacher")
+    places = {name: os.path.join(cfg.out, name) for name in ("base", "teacher")}
+    Log(cfg, "recipe")  # refuses those of other flags
+    made = all(os.path.exists(os.path.join(path, "config.json")) for path in places.values())
+    return places if made and cfg.resume else run_recipe(cfg, recipe_arms(cfg), device)[0]
 
 
 def main(cfg):
@@ -1113,13 +1125,14 @@ def main(cfg):
                    for seed in {*seeds, *others}}
         for each in of_seed.values():  # what other processes made counts too, if its flags are ours
             Log(each, "recipe")
+        given = given_models(cfg, device)
         for seed in seeds:
-            rows = run_recipe(of_seed[seed], ablation_arms(cfg), device)
-            if rows and rank() == 0:
+            _, rows = run_recipe(of_seed[seed], ablation_arms(cfg), device, given)
+            if rank() == 0:
                 write_rows(at(f"seed-{seed}", "results.jsonl"), rows)
         rows = [row for seed in sorted(of_seed) for row in read_rows(at(f"seed-{seed}", "results.jsonl"))]
     else:
-        rows = run_recipe(cfg, recipe_arms(cfg), device)
+        _, rows = run_recipe(cfg, recipe_arms(cfg), device)
     if rank() > 0:
         return
     if cfg.until:

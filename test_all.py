@@ -3510,7 +3510,7 @@ def test_every_stage_of_the_recipe_leaves_a_checkpoint_and_its_metrics(runs):
 
 def test_the_recipes_data_keep_their_lengths_and_their_splits(runs):
     cfg, prompts, documents = recipe.Config(), {}, {}
-    for name in ("base", "sft", "rl", "test"):
+    for name in ("base", "teacher", "sft", "rl", "test"):
         examples = read_lines(runs[0] / "data" / f"{name}.jsonl")
         documents[name] = {e["document"] for e in examples if "document" in e}
         prompts[name] = [len(TOKENIZER.chat(rollout.prompt_messages(e))) for e in examples if "document" in e]
@@ -3576,6 +3576,7 @@ def test_the_ablation_ends_in_tables_and_figures_however_often_it_is_stopped(few
     monkeypatch.setattr(grpo, "main", lambda cfg, watch: trained.append(cfg.out) or main(cfg, watch))
     recipe.main(recipe.Config(out=str(out), **few_arms))
     assert not any(path.endswith(("seed-0/sft-grpo", "seed-0/sft-dgrpo")) for path in trained)  # done before
+    assert {*os.listdir(out / "given")} >= {"base", "teacher"} and not (out / "seed-1" / "base").exists()
     monkeypatch.setattr(grpo, "main", main)
     recipe.main(recipe.Config(out=str(straight), **few_arms))
     rows, again = (read_lines(path / "results.jsonl") for path in (straight, out))
@@ -4264,6 +4265,7 @@ def test_a_checkpoint_without_a_chat_template_is_refused_for_training(world, tmp
     (recipe, dict(group=1), "--group 1"), (recipe, dict(micro=99), "--micro 99"),
     (recipe, dict(until="x"), "--until x"), (recipe, dict(test_n=0), "--test-n 0"),
     (recipe, dict(ablate=True, beta=1.0), "--ablate varies --beta"),
+    (recipe, dict(ablate=True, until="sft"), "--until sft stops the recipe, not --ablate"),
     (recipe, dict(train_len=300), "--train-len 300 and --test-len 512 would share a column"),
     (recipe, dict(test_len=100), "--test-len 100"), (recipe, dict(student="a"), "both --student and"),
     (recipe, dict(student="a", teacher="b"), "a has no tokenizer.json")], ids=str)
