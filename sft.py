@@ -4,12 +4,14 @@ Supervised fine-tuning: the cold start (paper, section 2.1 and Eq. 2).
     L = - 1/n  sum over all completion tokens of the batch of  log pi(o_t | p, o_<t)
 
 What differs from the usual script:
-  1. n counts the target tokens of the whole batch, so the gradient is the same however the batch is cut into streams.
-     A mean per stream, averaged afterwards, would favour tokens of sparse streams.
-  2. Consecutive examples on one document share its tokens: eight questions on a book cost one pass over the book.
-  3. Only completion tokens meet the head; logits of a long prompt would be its largest tensor, and are of no use.
+  1. n counts the target tokens of the whole batch, so the gradient is the same however the batch is cut into
+     streams. A mean per stream, averaged afterwards, would favour tokens of sparse streams.
+  2. Consecutive examples on one document share its tokens:
+     eight questions on a book cost one pass over the book.
+  3. Only completion tokens meet the head;
+     logits of a long prompt would be its largest tensor, and are of no use.
 
-    python sft.py                              the laptop's cold start; `python recipe.py --until data` makes its files
+    python sft.py    the laptop's cold start; `python recipe.py --until data` makes its files
     python sft.py --model DIR --data chat.jsonl --out out/mine
 """
 import math, os, sys, time
@@ -18,8 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kernels import token_loss
-from model import (Pack, Run, UserError, adamw, add_up, check_context, check_flags, init, load_student, my_streams, plan,
-                   rank, run)
+from model import (Pack, Run, UserError, adamw, add_up, check_context, check_flags, init, load_student,
+                   my_streams, plan, rank, run)
 from rollout import data_order, demonstration, prompt_ids, read_examples, usable
 
 
@@ -32,7 +34,7 @@ class Config:
     out: str = "out/sft"                # where the checkpoint and metrics.jsonl go
     ctx: int = 640                      # tokens of prompt and completion at most
     batch: int = 12                     # documents per step, each with all questions on it
-    micro: int = 8192                   # tokens of the largest stream; smaller needs less memory, same gradient
+    micro: int = 8192                   # tokens of the largest stream; smaller: less memory, same gradient
     steps: int = 60                     # optimizer steps
     lr: float = 1e-3                    # learning rate (paper: 1e-5)
     warmup: int = 10                    # steps of linear warm-up
@@ -45,7 +47,8 @@ class Config:
 
 
 def sft_loss(logp, count):
-    """-sum log pi / count. logp [n] of a part of the batch's target tokens, count of all of them (Eq. 2, as a mean)."""
+    """-sum log pi / count.
+    logp [n] of a part of the batch's target tokens, count of all of them (Eq. 2, as a mean)."""
     return -logp.sum() / count
 
 
@@ -66,8 +69,9 @@ def encode(example, tokenizer, field):
 
 
 def shared_document(examples):
-    """Encoded examples on one document as one entry of a pack -> (prefix, branches, silent): what their prompts have in common,
-    what follows it in each, and how many tokens of that still belong to the prompt and carry no loss."""
+    """Encoded examples on one document as one entry of a pack -> (prefix, branches, silent):
+    what their prompts have in common, what follows it in each, and how many tokens of that still belong
+    to the prompt and carry no loss."""
     prompts = [prompt for prompt, _ in examples]
     prefix = os.path.commonprefix(prompts)  # of lists of ids, in spite of its name
     return (prefix, [prompt[len(prefix):] + completion for prompt, completion in examples],
@@ -91,13 +95,14 @@ def main(cfg, watch=None):
     for step in this.steps():
         began = time.time()
         chosen = [runs[i] for i in data_order(len(runs), cfg.batch, step, cfg.seed)]
-        batch = [shared_document([encode(examples[i], tokenizer, cfg.response_field) for i in run]) for run in chosen]
+        batch = [shared_document([encode(examples[i], tokenizer, cfg.response_field) for i in run])
+                 for run in chosen]
         sizes = [(len(prefix), list(map(len, branches))) for prefix, branches, _ in batch]
         count = sum(len(b) - skip for _, branches, silent in batch for b, skip in zip(branches, silent))
         sums, suspects = dict(loss=0.0), []
         for part in my_streams(sizes, cfg.micro):
-            pack = Pack.build([(batch[g][0], [batch[g][1][i] for i in members]) for g, members in part], device,
-                              silent=[[batch[g][2][i] for i in members] for g, members in part])
+            pack = Pack.build([(batch[g][0], [batch[g][1][i] for i in members]) for g, members in part],
+                              device, silent=[[batch[g][2][i] for i in members] for g, members in part])
             hidden = model(pack)[pack.rows]                                                          # [N, D]
             loss, _ = token_loss(lambda stats, rows: sft_loss(stats.logp, count),
                                  hidden, model.head_weight, pack.targets, vocab=model.n_vocab)
@@ -108,8 +113,8 @@ def main(cfg, watch=None):
         loss = add_up(sums)["loss"]
         updated = this.update(loss, suspects, [examples[i].get("id") for run in chosen for i in run])
         seconds, tokens = time.time() - began, sum(P + sum(lengths) for P, lengths in sizes)
-        this.log(dict(loss=loss, **updated, examples=sum(len(b) for _, b, _ in batch), target_tokens=count, tokens=tokens,
-                      trained_per_second=tokens / seconds, seconds=seconds))
+        this.log(dict(loss=loss, **updated, examples=sum(len(b) for _, b, _ in batch), target_tokens=count,
+                      tokens=tokens, trained_per_second=tokens / seconds, seconds=seconds))
         this.bar.set_postfix_str(f"loss {loss:.3f}")
     this.finish()
 
