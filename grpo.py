@@ -6,8 +6,8 @@ stronger teacher instead of a frozen copy of the policy.
                                      -  beta KL( pi || pi_teacher )_it ]
     rho_it = pi(o_it | p, o_i<t) / pi_old(o_it | p, o_i<t)          A_i = (r_i - mean r_1..G) / std r_1..G
 
-The KL is taken over the whole vocabulary at every completion token, in the loss, outside the clip. A zero
-reward for the whole group gives GRPO nothing to learn from; the KL still says, token by token, what the
+The KL is taken over the whole vocabulary at every completion token, in the loss, outside the clip. Equal
+rewards throughout a group give GRPO nothing to learn from; the KL still says, token by token, what the
 teacher would have written.
 
     python grpo.py                                          GRPO: reward alone
@@ -91,8 +91,8 @@ def equal_rewards(rewards):
 def token_weights(lengths, counted, aggregate, max_new):
     """Weight of every token, so that sum_t weight_t * x_t is the mean over the whole batch.
 
-    lengths, counted [M]: tokens of each completion, and whether it carries loss.
-    -> [M], the weight of each of its tokens.
+    lengths, counted, of one shape: tokens of each completion, and whether it carries loss; M of them do.
+    -> the weight of each of its tokens, of that shape.
         sequence   1 / (|o_i| M)      every completion counts the same (GRPO, the paper)
         token      1 / sum |o_i|      every token counts the same (DAPO)
         constant   1 / (max_new M)    as `sequence`, without its preference for short right answers (Dr. GRPO)
@@ -149,7 +149,7 @@ class Stream:
     kl_weight: torch.Tensor                      # the same for the KL: 0 after --kl-first of a completion
     teacher_hidden: torch.Tensor | None = None   # [N, D of the teacher]
     logp_teacher: torch.Tensor | None = None     # only for k1 and k2
-    logp_first: torch.Tensor | None = None       # the trainer's own value at the first update, for --tis
+    logp_first: torch.Tensor | None = None       # the trainer's own value at the first update
 
 
 def beta_at(step, cfg):
@@ -313,7 +313,7 @@ def main(cfg, watch=None):
                     sums["loss"] += loss.item()
                     sums["kl"] += kl[real].sum().item()
                     in_loss = (k2(stats.logp, s.logp_teacher) if teacher and cfg.kl == "k2"
-                               else stats.kl)  # k1: not in it
+                               else stats.kl)  # of k1, which is in the advantage: 0
                     sums["kl_loss"] += beta * (s.kl_weight * in_loss).sum().item()
                     sums["entropy"] += stats.entropy[real].sum().item()
                     sums["clipped"] += (too_high | too_low)[real].sum().item()

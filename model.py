@@ -581,8 +581,8 @@ class Pack:
                                            for x in (own_at, shared_at))
 
     def attend(self, layer, q, k, v):
-        """q [T, H, C], k and v [T, K, C] -> [T, H, C].
-        The prompt's keys serve all its completions, forward and backward."""
+        """q [T, H, C], k and v [T, K, C] -> [T, H, C]. The prompt's keys serve all its completions, forward
+        and backward. The layer's number is for the sampler's Cache, which stands in for a Pack."""
         if q.is_cuda and q.dtype not in (torch.bfloat16, torch.float16):
             return plain_attention(self, q, k, v)
         return PackedAttention.apply(q, k, v, self)
@@ -652,6 +652,7 @@ varlen_attn_backward = torch.ops.torch_attn._varlen_attn_backward
 
 
 def takes_varlen(q):
+    """Whether `flash` is one variable-length call: a function, so that tests can try that path on a CPU."""
     return q.is_cuda
 
 
@@ -979,7 +980,7 @@ def shard_files(path):
     return [os.path.join(path, name) for name in sorted(names)]
 
 
-def file_name(parameter):
+def stored_name(parameter):
     """Name in Hugging Face's files of a parameter of Transformer."""
     return parameter if parameter == "lm_head.weight" else f"model.{parameter}"
 
@@ -1001,7 +1002,7 @@ def load(path, dtype=torch.float32, device="cpu", sharded=False, offload=False):
     with torch.device("meta"):
         model = Transformer(config)
     model.n_vocab = tokenizer.n_vocab
-    expected = {file_name(name): tuple(p.shape) for name, p in model.named_parameters()}
+    expected = {stored_name(name): tuple(p.shape) for name, p in model.named_parameters()}
 
     found, files = {}, shard_files(path)
     for file in files:
@@ -1088,7 +1089,7 @@ def save(path, model, tokenizer):
 
 def write_checkpoint(path, model, tokenizer):
     """Write the files of `save` into the new directory `path`."""
-    parameters = {file_name(name): p.detach() for name, p in model.named_parameters()}
+    parameters = {stored_name(name): p.detach() for name, p in model.named_parameters()}
     names = write_tensors(path, "model", parameters)
     if rank() > 0:
         return
@@ -1119,20 +1120,20 @@ def write_tensors(path, stem, tensors):
         room -= size
     names = [f"{stem}.safetensors"] if len(shards) == 1 else [
         f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file, shard in zip(names, shards):
-        whole = {}
-        for name in shard:
+    for file, members in zip(names, shards):
+        held = {}
+        for name in members:
             tensor = full(tensors[name])
             if rank() == 0:
-                whole[name] = tensor.cpu().contiguous()
+                held[name] = tensor.cpu().contiguous()
         if rank() == 0:
             with writing(path):
                 os.makedirs(path, exist_ok=True)
                 file = os.path.join(path, file)
-                save_file(whole, file, {"format": "pt"})
+                save_file(held, file, {"format": "pt"})
                 os.chmod(file, 0o666 & ~UMASK)  # safetensors makes files that only their owner can read
                 flush_to_disk(file)
-    return {name: file for file, shard in zip(names, shards) for name in shard}
+    return {name: file for file, members in zip(names, shards) for name in members}
 
 
 def write_file(path, content):
@@ -1203,7 +1204,7 @@ def add_up(sums):
 
 
 def spread(costs):
-    """Deal out jobs so that the ranks finish together, longest first, each to whom has least
+    """Deal out jobs, longest first, each to the rank with the least work so far, so that all finish together
     -> indices of each rank."""
     shares, loads = [[] for _ in range(world())], [0] * world()
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
@@ -1277,6 +1278,11 @@ def whole(model):
         copy.to("meta")  # the caller's name for it lives on, its memory must not
 
 
+def frozen_dtype(device):
+    """Of a model that is not trained: bf16, on the CPU fp32."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def load_student(path, device):
     """fp32 weights for the optimizer, sharded under torchrun; on CUDA the arithmetic is bf16."""
     model, tokenizer = load(path, torch.float32, device, sharded=True)
@@ -1285,10 +1291,9 @@ def load_student(path, device):
 
 
 def load_teacher(path, device, tokenizer, offload=False):
-    """A frozen model in bf16 (fp32 on the CPU) whose tokenizer must give the same ids as the student's.
+    """A frozen model whose tokenizer must give the same ids as the student's.
     With offload its weights stay in CPU memory between uses, see `on_device`."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    teacher, its_tokenizer = load(path, dtype, device, sharded=True, offload=offload)
+    teacher, its_tokenizer = load(path, frozen_dtype(device), device, sharded=True, offload=offload)
     if not tokenizer.same_encoding(its_tokenizer):
         raise UserError(f"the teacher {path} encodes text otherwise than the student "
                         f"({its_tokenizer.n_vocab} and {tokenizer.n_vocab} ids): the KL between them has no "
@@ -1316,11 +1321,11 @@ def memory_needed(config, stream, rows, kind="cpu", checkpointing=False, teacher
 
     Of n weights the optimizer needs 12 n bytes (fp32 weight, two moments) and 4 n for gradients.
     Of a layer autograd keeps
-        K = 4 D + 3 H C + 3 K C + 4 I  entries a token: inputs of its matmuls, norms, attention and activation
-    and its backward works on W = 3 D + 2 I more; the I of the MLP are those of at most MLP_CHUNK / I tokens.
-    The stream takes
-        T b L K      and then the larger of  T b W        and the head,      or with gradient checkpointing
-        T b L D      and then the larger of  T b (K + W)  and the head,
+        E = 4 D + 3 H C + 3 K C + 4 I  entries a token: inputs of its matmuls, norms, attention and activation
+    and its backward works on W = 3 D + 2 I more, where I is the intermediate size, of at most MLP_CHUNK / I
+    tokens at a time. With L layers the stream takes
+        T b L E      and then the larger of  T b W        and the head,      or with gradient checkpointing
+        T b L D      and then the larger of  T b (E + W)  and the head,
     where the head is 3 buffers of a chunk of logits (kernels.CHUNK_BYTES), and b (2 T + 3 N) D of hidden
     states. In either case two [V, D] gradients of the embedding and the head. In bf16 the cast weights of
     what is kept count too. Sampling holds the cache, 2 L K C b bytes a position, and 20 bytes for each of its
@@ -1349,9 +1354,9 @@ def memory_needed(config, stream, rows, kind="cpu", checkpointing=False, teacher
         weights, waiting = {"teacher": t * b / world}, {"teacher's hidden states": scored * Dt * b}
         It = min(teacher.intermediate_size, MLP_CHUNK / stream)
         if world > 1:  # two layers, and from the first pass on embedding and head
-            whole = 2 * b * teacher.vocab_size * Dt
+            head_whole = 2 * b * teacher.vocab_size * Dt
             scoring["teacher gathered"], update["teacher gathered"] = (
-                whole + 2 * b * t / teacher.num_hidden_layers, whole)
+                head_whole + 2 * b * t / teacher.num_hidden_layers, head_whole)
         scoring |= weights | waiting | {"teacher's pass": stream * b * (4 * Dt + 4 * heads + 3 * It)}
         update |= waiting | ({"teacher's head": teacher.vocab_size * Dt * b} if offload else weights)
         sampling |= {} if offload else weights
@@ -1389,13 +1394,13 @@ def plan(model, cfg, device, teacher=None, kv_tokens=2**18):
     cfg has micro, ctx and batch, and where completions are sampled group and max_new.
     Raises UserError if it cannot fit."""
     group, max_new, offload = (getattr(cfg, name, 0) for name in ("group", "max_new", "teacher_offload"))
-    batch, whole = -(-cfg.batch // world()), cfg.ctx + max(group - 1, 0) * max_new  # of the longest group
-    stream = min(cfg.micro, batch * whole) if group else cfg.micro    # several questions may share a document
+    batch, longest = -(-cfg.batch // world()), cfg.ctx + max(group - 1, 0) * max_new  # of the longest group
+    stream = min(cfg.micro, batch * longest) if group else cfg.micro  # several questions may share a document
     scored = batch * group * max_new
-    wave = max(1, min(batch, kv_tokens // whole)) if group else 0     # prompts that are sampled at a time
+    wave = max(1, min(batch, kv_tokens // longest)) if group else 0     # prompts that are sampled at a time
     sizes = dict(stream=stream, rows=min(stream, scored) if group else stream, kind=device.type,
                  scored=scored, teacher=teacher and teacher.config, offload=offload and device.type == "cuda",
-                 slots=wave * group, cached=wave * whole, world=world())
+                 slots=wave * group, cached=wave * longest, world=world())
     room = available_memory(device, [model] + ([teacher] if teacher else []))
     for checkpointing in (False, True):
         model.checkpointing = checkpointing
@@ -1681,8 +1686,8 @@ class Run:
         barrier()
 
     def _check_disk(self):
-        """Two checkpoints of weights and two moments exist for a moment,
-        and at the end the weights once more."""
+        """A checkpoint is the weights and two moments. Two of them exist for a moment, and at the end the
+        weights once more: 7 times the weights, or 4 if one checkpoint is there already."""
         place = os.path.abspath(self.cfg.out)
         while not os.path.exists(place):
             place = os.path.dirname(place)

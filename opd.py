@@ -48,7 +48,7 @@ class Config:
     clip: float = 1.0                   # largest norm of the gradient
     temperature: float = 1.0            # of sampling, and of both models in the KL
     lam: float = 1.0                    # share of prompts completed by the student; 0: demonstrations only
-    kl: str = "reverse"                 # reverse, forward, jsd: whole vocabulary; sampled: k2, k1 (advantage)
+    kl: str = "reverse"                 # reverse, forward, jsd (whole vocabulary); k2, k1 (sampled token)
     jsd_weight: float = 0.5             # weight of the teacher in jsd's mixture
     top_k: int = 0                      # > 0: KL within the teacher's so many likeliest tokens, renormalised
     seed: int = 0                       # order of the data and sampling noise
@@ -76,7 +76,7 @@ def sampled_divergence(logp, logp_teacher, kind):
     """What stands for the reverse KL when only the sampled token is known; all [n].
 
     k2   (log pi - log pi_teacher)^2 / 2: a loss whose expected gradient is that of the reverse KL
-    k1   log pi - log pi_teacher as a cost of the sampled token: a policy gradient (its value is a constant)
+    k1   log pi - log pi_teacher as the cost of the sampled token: a policy gradient, none through the cost
     """
     difference = logp - logp_teacher
     return difference.square() / 2 if kind == "k2" else difference.detach() * (logp - logp.detach()).exp()
@@ -144,8 +144,8 @@ def main(cfg, watch=None):
             if mine:
                 completions.append(next(sampled_groups))
             else:
-                written = tokenizer.completion(demonstration(drawn[i], cfg.response_field))
-                completions.append([Completion(written, [0.0] * len(written), True)])
+                taught = tokenizer.completion(demonstration(drawn[i], cfg.response_field))
+                completions.append([Completion(taught, [0.0] * len(taught), True)])
         everyone = [c for group in completions for c in group]
         lengths = torch.tensor([len(c.tokens) for c in everyone])                                    # [M]
         weight = token_weights([[len(c.tokens) for c in group] for group in completions])            # [M]

@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 import grpo, opd, sft
 from model import (PRESETS, QWEN_PATTERN, Log, Tokenizer, UserError, barrier, check_context, check_flags,
-                   gather, init, load, new_model, rank, read_rows, run, save, tiny_tokenizer, whole,
-                   write_file, writing)
+                   frozen_dtype, gather, init, load, new_model, rank, read_rows, run, save, tiny_tokenizer,
+                   whole, write_file, writing)
 from model import Config as ModelConfig
 from rollout import (PAPER_DECODING, check_rewards, demonstration, evaluate, load_judge, prompt_messages,
                      read_examples, read_text)
@@ -1046,8 +1046,7 @@ def run_arms(cfg, arms, places, data, device):
             seconds = time.time() - began  # less than the arm took where it went on from a checkpoint
             rewards = [row["reward"] for row in read_rows(os.path.join(folder, "metrics.jsonl"))[1:]
                        if "reward" in row]
-            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-            note(steps, *load(places[name], dtype, device), seconds=seconds, rewards=rewards)
+            note(steps, *load(places[name], frozen_dtype(device), device), seconds=seconds, rewards=rewards)
         return [rows[step] for step in sorted(rows)]
 
     for name, arm in arms.items():

@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from kernels import high_water, matmul, token_loss
-from model import (Pack, Transformer, UserError, adamw, check_context, check_flags, file_name, init, load,
-                   longest_context, memory_needed, rank, run, share_out, world)
+from model import (Pack, Transformer, UserError, adamw, check_context, check_flags, frozen_dtype, init, load,
+                   longest_context, memory_needed, parse_json, rank, run, share_out, stored_name, world)
 from model import Config as ModelConfig
 
 # --------------------------------------------------------------------------------------------------- examples
@@ -56,7 +56,7 @@ class Examples:
     def __getitem__(self, i):
         start, size = self.places[i].tolist()
         line = os.pread(self.file.fileno(), size, start)  # pread keeps no position: threads may share it
-        return without_nulls(parse_row(line, f"{self.path}, byte {start}"))
+        return without_nulls(parse_json(line, f"{self.path}, byte {start}"))
 
 
 def read_examples(path, response_field=None):
@@ -81,7 +81,7 @@ def read_examples(path, response_field=None):
         if len(line) == LONGEST_LINE:
             raise UserError(f"{where} is longer than {LONGEST_LINE} bytes: "
                             "one JSON object per line is expected")
-        row = parse_row(line, where) if line.strip() else None
+        row = parse_json(line, where) if line.strip() else None
         if row and "document" in row and row["document"] is None and row.get("messages") is None:
             withheld += 1
         elif row is not None:
@@ -98,16 +98,6 @@ def read_examples(path, response_field=None):
         raise UserError(f"{path} holds no example" + " with a document that is not null" * bool(withheld))
     places = np.frombuffer(places, np.int64).reshape(-1, 2)
     return Examples(path, file, places, np.frombuffer(documents, np.int64), rules)
-
-
-def parse_row(line, where):
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object with question and answer, found {type(row).__name__}")
-    return row
 
 
 def without_nulls(row):
@@ -853,7 +843,7 @@ def load_judge(path, device):
     It does not see the document. The three texts are one JSON object: no answer can end its string, whatever
     markup it imitates, and special tokens in it are plain text to our tokenizer. Verdicts are greedy, and
     remembered."""
-    model, tokenizer = load(path, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    model, tokenizer = load(path, frozen_dtype(device), device)
     verdicts, room = {}, longest_context(model.config) - 8
 
     def ids_of(prompt):
@@ -1061,7 +1051,7 @@ def transformers_twin(model):
     dtype = model.embed_tokens.weight.dtype
     with torch.device("meta"):
         twin = Qwen3ForCausalLM(Qwen3Config(**model.config.to_dict(dtype) | dict(torch_dtype=None)))
-    weights = {file_name(name): p.detach() for name, p in model.named_parameters()}
+    weights = {stored_name(name): p.detach() for name, p in model.named_parameters()}
     twin.load_state_dict(weights | {"lm_head.weight": model.head_weight.detach()}, strict=False, assign=True)
     twin.model.rotary_emb = type(twin.model.rotary_emb)(twin.config).to(model.device)  # tables are no weights
     return twin.eval()
@@ -1296,7 +1286,7 @@ def evaluate_files(cfg):
     for examples in files:
         check_rewards(examples, cfg.judge, cfg.allow_code)
     device = init()
-    model, tokenizer = load(cfg.model, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    model, tokenizer = load(cfg.model, frozen_dtype(device), device)
     check_context(cfg.ctx, model.config)
     judge = load_judge(cfg.judge, device) if cfg.judge else None
     try:
@@ -1328,7 +1318,7 @@ def main(cfg):
     if cfg.context_file:
         text = read_text(cfg.context_file) + "\n\n" + text
     device = init()
-    model, tokenizer = load(cfg.model, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    model, tokenizer = load(cfg.model, frozen_dtype(device), device)
     chat = [dict(role="user", content=text)]
     ids = tokenizer.chat(chat, cfg.think) if cfg.chat else tokenizer.bos + tokenizer.encode(text)
 

@@ -95,8 +95,8 @@ def main(cfg, watch=None):
     for step in this.steps():
         began = time.time()
         chosen = [runs[i] for i in data_order(len(runs), cfg.batch, step, cfg.seed)]
-        batch = [shared_document([encode(examples[i], tokenizer, cfg.response_field) for i in run])
-                 for run in chosen]
+        batch = [shared_document([encode(examples[i], tokenizer, cfg.response_field) for i in members])
+                 for members in chosen]
         sizes = [(len(prefix), list(map(len, branches))) for prefix, branches, _ in batch]
         count = sum(len(b) - skip for _, branches, silent in batch for b, skip in zip(branches, silent))
         sums, suspects = dict(loss=0.0), []
@@ -111,7 +111,7 @@ def main(cfg, watch=None):
             if not math.isfinite(loss.item()):
                 suspects += [examples[chosen[g][i]].get("id") for g, members in part for i in members]
         loss = add_up(sums)["loss"]
-        updated = this.update(loss, suspects, [examples[i].get("id") for run in chosen for i in run])
+        updated = this.update(loss, suspects, [examples[i].get("id") for members in chosen for i in members])
         seconds, tokens = time.time() - began, sum(P + sum(lengths) for P, lengths in sizes)
         this.log(dict(loss=loss, **updated, examples=sum(len(b) for _, b, _ in batch), target_tokens=count,
                       tokens=tokens, trained_per_second=tokens / seconds, seconds=seconds))

@@ -1531,7 +1531,7 @@ def assert_read_as_written(path, student, tokenizer):
     shards = (set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists()
               else ["model.safetensors"])
     written = [(name, tensor) for shard in shards for name, tensor in stored(path / shard)]
-    weights = {model.file_name(name): p.detach() for name, p in student.named_parameters()}
+    weights = {model.stored_name(name): p.detach() for name, p in student.named_parameters()}
     for name, tensor in written:
         if name == "lm_head.weight" and student.lm_head is None:
             name = "model.embed_tokens.weight"
@@ -2388,7 +2388,7 @@ def test_rule_and_judge_are_joined_by_the_larger_and_a_right_answer_needs_no_jud
     rewards, reasons = rollout.rewards_of([e] * 3, ["Answer: Rome", "Answer: Roma", "Oslo"], judge.judge)
     assert rewards == [1, 1, 0] and len(judge.prompts) == 2 and reasons == {"exact: no answer announced": 1}
     assert rollout.rewards_of([dict(e, reward="exact")], ["Answer: Roma"], judge.judge)[0] == [0.0]
-    assert rollout.rewards_of([e], ["Roma"], judge.judge) == ([1.0], {})          # scored, if not by every rule
+    assert rollout.rewards_of([e], ["Roma"], judge.judge) == ([1.0], {})    # scored, if not by every rule
     chat = dict(messages=[dict(role="user", content="Where?"),
                           dict(role="assistant", content="<think>\nhm\n</think>\n\nRome")])
     assert rollout.rewards_of([chat], ["Roma"], judge.judge)[0] == [1.0]
@@ -2498,7 +2498,7 @@ def test_a_file_that_changes_under_a_run_ends_in_one_line(tmp_path):
     data = write_lines(tmp_path / "data.jsonl", [QUESTION, QUESTION])
     examples = rollout.read_examples(data)
     (tmp_path / "data.jsonl").write_text("{}")
-    with pytest.raises(UserError, match="data.jsonl, byte .* is not JSON"):
+    with pytest.raises(UserError, match="data.jsonl, byte .* is not valid JSON"):
         examples[1]
 
 
@@ -3413,7 +3413,7 @@ def test_a_mixture_of_the_users_files_holds_its_share(share, tmp_path, capsys):
                                                  if fields or "messages" in e else 0)
             assert prompt <= 110
         ids = [examples[i]["id"] for i in range(len(examples))]
-        assert abs(tokens[True] / sum(tokens.values()) - share) < 0.005 and len(set(ids)) == len(ids) >= 1000
+        assert abs(tokens[True] / sum(tokens.values()) - share) < 0.005 and len(set(ids)) == len(ids) >= 600
         assert ids != sorted(ids, key=lambda i: int(i.split()[1]))   # in random order
     printed = capsys.readouterr().err
     assert ("sft: " in printed) == (share > 0) and (share == 0 or "--long-data are left out" in printed)
@@ -4129,8 +4129,8 @@ def refuse(stage, out, match, **options):
 QUESTION = dict(question="Who?", answer="Bob", response="Answer: Bob")
 ASSISTANT = dict(role="assistant", content="Answer: Bob")
 BAD_LINES = [([], "holds no example"), (["", "  "], "holds no example"),
-             ([QUESTION, "{not json"], "line 2 is not JSON"),
-             ([QUESTION, "[1]"], "line 2: expected an object"),
+             ([QUESTION, "{not json"], "line 2 is not valid JSON"),
+             ([QUESTION, "[1]"], "line 2 is not a JSON object"),
              ([dict(QUESTION, question=" ")], "line 1: no question"),
              ([dict(answer="Bob", response="Bob")], "line 1: no question"),
              ([QUESTION, dict(QUESTION, document=5)], "line 2: document must be a text"),
@@ -4139,7 +4139,7 @@ BAD_LINES = [([], "holds no example"), (["", "  "], "holds no example"),
              ([dict(QUESTION, messages=[ASSISTANT])], "line 1: messages must be"),
              ([dict(QUESTION, messages=[dict(role="user", content="Hi"), dict(role="system", content="Hi")])],
               "line 1: messages must be"),
-             (["[" * 100_000], "line 1 is not JSON"),
+             (["[" * 100_000], "line 1 is not valid JSON"),
              ([dict(QUESTION, kind=5)], "line 1: kind must be a text, found int"),
              ([dict(QUESTION, reward=["exact"])], "line 1: reward must be a text, found list")]
 
@@ -4190,7 +4190,7 @@ def test_missing_things_and_prompts_beyond_the_context_are_refused(stage, world,
     latin.write_bytes(b'{"question": "Qui est Zo\xe9?", "answer": "a", "response": "b"}\n')
     for match, change in {
             "cannot read the data file .*nowhere": dict(data=nowhere),
-            "latin.jsonl, line 1 is not JSON": dict(data=str(latin)),
+            "latin.jsonl, line 1 is not valid JSON": dict(data=str(latin)),
             "nowhere is not a directory with a checkpoint": dict(model=nowhere),
             "data.jsonl: none of 4 examples fits; .* --ctx is 20: raise --ctx": dict(ctx=20)}.items():
         refuse(stage, tmp_path / "out", match, **files(world, stage) | change)
