@@ -4031,26 +4031,40 @@ def wait_for(condition, seconds=60):
 
 def test_a_recipe_killed_at_random_moments_ends_as_the_undisturbed_one(world, tmp_path):
     """KILLS=20 python -m pytest test_all.py -k killed runs it with more of them."""
-    kills, rng = int(os.environ.get("KILLS", 3)), random.Random(0)
-    began = time.time()
-    finish(spawn(tmp_path, world, "recipe", tmp_path / "undisturbed"))
+    kills, rng, hits = int(os.environ.get("KILLS", 3)), random.Random(0), Counter()
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+
+    def start(out):
+        (out / ".lock").unlink(missing_ok=True)
+        process = spawn(tmp_path, world, "recipe", out)
+        wait_for(lambda: (out / ".lock").exists() or process.poll() is not None)     # imports are done
+        return process
+
+    def compare():
+        for name in ("base", "teacher", "sft", "sft-grpo", "sft-opd", "sft-dgrpo", "dgrpo-without-sft"):
+            a, b = undisturbed / name, killed / name
+            assert same_weights(a, b) and untimed(a / "metrics.jsonl") == untimed(b / "metrics.jsonl")
+        assert not list(tmp_path.glob("killed/**/*.writing")) + list(tmp_path.glob("killed/**/step-*"))
+        assert (undisturbed / "results.md").read_text() == (killed / "results.md").read_text()
+
+    process, began = start(undisturbed), time.time()
+    finish(process)
     seconds = time.time() - began
-    hits = Counter()
-    for _ in range(kills):
-        process = spawn(tmp_path, world, "recipe", tmp_path / "killed")
-        time.sleep(seconds * rng.uniform(0.4, 0.8))         # a start takes a third of it
-        process.kill()
-        process.communicate()
-        left = [str(path) for path in tmp_path.glob("killed/**/*.writing")]
-        hits["saving" if left else "between"] += 1
+    while hits.total() < kills:
+        process = start(killed)
+        try:
+            process.communicate(timeout=rng.uniform(0, seconds))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            hits["saving" if list(killed.glob("**/*.writing")) else "between"] += 1
+        else:                                               # done before: the next begins anew
+            assert process.returncode == 0
+            compare()
+            shutil.rmtree(killed)
     print(f"{kills} kills: {dict(hits)}")
-    finish(spawn(tmp_path, world, "recipe", tmp_path / "killed"))
-    for name in ("base", "teacher", "sft", "sft-grpo", "sft-opd", "sft-dgrpo", "dgrpo-without-sft"):
-        a, b = tmp_path / "undisturbed" / name, tmp_path / "killed" / name
-        assert same_weights(a, b) and untimed(a / "metrics.jsonl") == untimed(b / "metrics.jsonl")
-    assert not list(tmp_path.glob("killed/**/*.writing")) + list(tmp_path.glob("killed/**/step-*"))
-    tables = [(tmp_path / name / "results.md").read_text() for name in ("undisturbed", "killed")]
-    assert tables[0] == tables[1]
+    finish(start(killed))
+    compare()
 
 
 # ---------------------------------------------------------------------------------------------------- scripts
