@@ -1522,9 +1522,7 @@ class Log:
                     device=torch.cuda.get_device_name() if torch.cuda.is_available()
                     else f"cpu, {torch.get_num_threads()} threads",
                     world=world(), time=time.strftime("%Y-%m-%d %H:%M:%S"))
-        lines = [json.dumps(row) for row in [head, *filter(keep, read_rows(self.path)[1:])]]
-        write_file(self.path + ".writing", "".join(line + "\n" for line in lines).encode())
-        os.replace(self.path + ".writing", self.path)
+        write_rows(self.path, [head, *filter(keep, read_rows(self.path)[1:])])
         self.file = open(self.path, "a", encoding="utf-8")
 
     def __call__(self, row):
@@ -1551,6 +1549,12 @@ def read_rows(path):
                 except ValueError:
                     break
     return rows
+
+
+def write_rows(path, rows):
+    """Put a JSONL file of ours in place, whole or not at all."""
+    write_file(path + ".writing", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    os.replace(path + ".writing", path)
 
 
 class Run:

@@ -37,7 +37,7 @@ from tqdm import tqdm
 import grpo, opd, sft
 from model import (PRESETS, QWEN_PATTERN, Log, Tokenizer, UserError, barrier, check_context, check_flags,
                    frozen_dtype, gather, init, load, new_model, rank, read_rows, run, save, tiny_tokenizer,
-                   whole, write_file, writing)
+                   whole, write_file, write_rows, writing)
 from model import Config as ModelConfig
 from rollout import (PAPER_DECODING, check_rewards, demonstration, evaluate, load_judge, prompt_messages,
                      read_examples, read_text)
@@ -997,8 +997,6 @@ def train(cfg, out, arm, places, data, watch=None):
     """Train an arm, or what of it is still to be done -> its checkpoint. places: name -> checkpoint it may go
     on from, or learn from. watch(step, model, tokenizer): see model.Run."""
     start, stage, options = arm
-    if stage is None:
-        return places[start]
     options = options | dict(data=data[options["data"]])
     if "teacher" in options:
         options["teacher"] = places.get(options["teacher"], options["teacher"])
@@ -1008,14 +1006,15 @@ def train(cfg, out, arm, places, data, watch=None):
     return out
 
 
-def run_arms(cfg, arms, places, data, device):
+def run_arms(cfg, arms, places, data, test, device):
     """Train and test every arm -> rows of results.jsonl: one for its end and, with --ablate, for every
     --save-every steps before.
     Rows are kept in out/scores/: of a run that stopped, they are not made again."""
-    test, places, found = read_examples(data["test"]), dict(places), []
+    places, found = dict(places), []
     sampling = PAPER_DECODING if cfg.student else {}
 
     def score(model, tokenizer, progress):
+        # the judge comes anew for every test: between them training needs its memory
         judge = load_judge(cfg.judge, device) if cfg.judge else None
         with whole(model) as sampler:
             cells = evaluate(sampler, tokenizer, test, cfg.test_len + cfg.max_new, cfg.max_new, seed=cfg.seed,
@@ -1025,24 +1024,25 @@ def run_arms(cfg, arms, places, data, device):
 
     def run_arm(name, arm):
         """Put the arm's checkpoint into places, and return its rows."""
-        folder, file = (os.path.join(cfg.out, *parts)
-                        for parts in ([slug(name)], ["scores", f"{slug(name)}.jsonl"]))
-        rows, steps = ({row["step"]: row for row in gather(read_rows(file) if rank() == 0 else None)[0]},
-                       arm[2].get("steps", 0))
+        start, stage, options = arm
+        folder, steps = os.path.join(cfg.out, slug(name)), options.get("steps", 0)
+        file = os.path.join(cfg.out, "scores", f"{slug(name)}.jsonl")
+        rows = {row["step"]: row for row in gather(read_rows(file) if rank() == 0 else None)[0]}
 
         def note(step, model, tokenizer, **more):
             if step in rows:
                 return
             scores = score(model, tokenizer, f"{name}, step {step}")
-            rows[step] = dict(arm=name, start=arm[0], seed=cfg.seed, step=step, steps=steps, **scores, **more)
+            rows[step] = dict(arm=name, start=start, seed=cfg.seed, step=step, steps=steps, **scores, **more)
             if rank() == 0:
                 os.makedirs(os.path.dirname(file), exist_ok=True)
                 write_rows(file, [rows[s] for s in sorted(rows)])
 
-        places[name] = folder if arm[1] else places[arm[0]]
+        places[name] = folder if stage else places[start]
         if steps not in rows:
             began = time.time()
-            train(cfg, folder, arm, places, data, note if cfg.ablate else None)
+            if stage:
+                train(cfg, folder, arm, places, data, note if cfg.ablate else None)
             seconds = time.time() - began  # less than the arm took where it went on from a checkpoint
             rewards = [row["reward"] for row in read_rows(os.path.join(folder, "metrics.jsonl"))[1:]
                        if "reward" in row]
@@ -1052,11 +1052,6 @@ def run_arms(cfg, arms, places, data, device):
     for name, arm in arms.items():
         found += run_arm(name, arm)
     return found
-
-
-def write_rows(path, rows):
-    write_file(path + ".writing", "".join(json.dumps(row) + "\n" for row in rows).encode())
-    os.replace(path + ".writing", path)
 
 
 def slug(name):
@@ -1083,8 +1078,9 @@ def run_recipe(cfg, arms, device, given=None):
                             **PRESETS["tiny-student"])
         save(at("init"), new_model(shape, cfg.seed), tokenizer)
     data = write_data(cfg, tokenizer, tiny=not places["base"])
-    for name in ("test", "rl"):
-        check_rewards(read_examples(data[name]), cfg.judge, cfg.allow_code)
+    test = read_examples(data["test"])
+    for examples in (test, read_examples(data["rl"])):
+        check_rewards(examples, cfg.judge, cfg.allow_code)
     if cfg.until != "data" and not places["base"]:
         options = dict(data="base", steps=cfg.base_steps, lr=3e-3, schedule="cosine", warmup=20, batch=32)
         places["base"] = train(cfg, at("base"), ("init", sft, options), places, data)
@@ -1095,7 +1091,7 @@ def run_recipe(cfg, arms, device, given=None):
         places["teacher"] = train(cfg, at("teacher"), ("init-teacher", sft, options), places, data)
     if cfg.until == "sft":
         train(cfg, at("sft"), arms["SFT"], places, data)
-    rows = None if cfg.until else run_arms(cfg, arms, places, data, device)
+    rows = None if cfg.until else run_arms(cfg, arms, places, data, test, device)
     log.close()
     return {name: places[name] for name in ("base", "teacher")}, rows
 

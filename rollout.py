@@ -136,7 +136,7 @@ def check_example(example, response_field, where):
                             f"{', '.join(CONSTRAINTS)}") from None
         for answer in answers:
             name, _, argument = answer.partition(":")
-            if not argument.strip() and name.strip() not in ("no_commas", "lower_case"):
+            if not argument.strip() and name.strip() not in BARE_CONSTRAINTS:
                 raise UserError(f"{where}: constraint {answer!r:.80} needs an argument, "
                                 "as in 'includes: cat'")
     return rules
@@ -755,6 +755,7 @@ CONSTRAINTS = {"includes": lambda text, x: x.lower() in text.lower(),
                "ends_with": lambda text, x: text.lower().endswith(x.lower()),
                "no_commas": lambda text, x: "," not in text,
                "lower_case": lambda text, x: text == text.lower()}
+BARE_CONSTRAINTS = "no_commas", "lower_case"  # those that take no argument
 
 
 def constraints(text, wanted):

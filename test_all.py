@@ -3467,17 +3467,21 @@ TINY = dict(base_steps=1, teacher_steps=1, sft_steps=2, rl_steps=1, batch=2, gro
 ARMS = ["teacher", "base", "SFT", "SFT+GRPO", "SFT+OPD", "SFT+dGRPO", "dGRPO without SFT"]
 
 
+def shrink_recipe(patch, documents):
+    """Small models, the beginning of the data, and scores that are not all 0."""
+    small, mixture = dict(hidden_size=32, intermediate_size=64), recipe.mixture
+    patch.setattr(recipe, "PRESETS", {name: shape | small for name, shape in recipe.PRESETS.items()})
+    patch.setattr(recipe, "mixture", lambda *args: itertools.islice(mixture(*args), documents))
+    for module in (rollout, grpo):
+        patch.setattr(module, "rewards_of", pseudo_rewards)
+
+
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """The whole recipe, twice: small models, the beginning of the data, and scores that are not all 0."""
-    paths, mixture = [tmp_path_factory.mktemp("recipe") / "out" for _ in range(2)], recipe.mixture
-    small = {name: shape | dict(hidden_size=32, intermediate_size=64)
-             for name, shape in recipe.PRESETS.items()}
+    """The whole recipe, twice."""
+    paths = [tmp_path_factory.mktemp("recipe") / "out" for _ in range(2)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipe, "PRESETS", small)
-        patch.setattr(recipe, "mixture", lambda *args: itertools.islice(mixture(*args), 600))
-        for module in (rollout, grpo):
-            patch.setattr(module, "rewards_of", pseudo_rewards)
+        shrink_recipe(patch, 600)
         for path in paths:
             recipe.main(recipe.Config(out=str(path), **TINY))
     return paths
@@ -3550,16 +3554,11 @@ def test_scores_of_the_table_are_means_over_tasks_and_lengths():
 @pytest.fixture
 def few_arms(monkeypatch):
     """--ablate with one more beta and two more mixtures, on small models."""
-    small = {name: shape | dict(hidden_size=32, intermediate_size=64)
-             for name, shape in recipe.PRESETS.items()}
+    shrink_recipe(monkeypatch, 200)
     studies = {title: [arm for arm in arms if arm not in ("beta 0.1", "beta 1", "beta 2", "beta 4")
                        and not re.match("10 |25|50|75", arm)] for title, arms in recipe.STUDIES.items()}
-    mixture = recipe.mixture
-    for name, value in dict(PRESETS=small, SHARES=(0, 100), BETAS=(0.25,), STUDIES=studies,
-                            mixture=lambda *args: itertools.islice(mixture(*args), 200)).items():
+    for name, value in dict(SHARES=(0, 100), BETAS=(0.25,), STUDIES=studies).items():
         monkeypatch.setattr(recipe, name, value)
-    for module in (rollout, grpo):
-        monkeypatch.setattr(module, "rewards_of", pseudo_rewards)
     return dict(TINY, ablate=True, seeds=2, rl_steps=3, save_every=2)
 
 
