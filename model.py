@@ -619,8 +619,7 @@ class PackedAttention(torch.autograd.Function):
         if pack.own[0]:
             own, shared = pack.own_at, pack.shared_at
             out_b, lse_b = flash(q[own], k[shared], v[shared], pack.own, pack.shared, causal=False)
-            weight = torch.sigmoid(lse_b - lse[:, own]).T[..., None]                # of b: [rows, H, 1], fp32
-            out[own] = torch.lerp(out[own].to(weight.dtype), out_b.to(weight.dtype), weight).to(out.dtype)
+            out[own] = merged(out[own], lse[:, own].T, out_b, lse_b.T)
             lse[:, own] = torch.logaddexp(lse[:, own], lse_b)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.pack = pack
@@ -639,6 +638,13 @@ class PackedAttention(torch.autograd.Function):
             dk[shared] += dk_b
             dv[shared] += dv_b
         return dq, dk, dv, None
+
+
+def merged(out_a, lse_a, out_b, lse_b):
+    """Attention to two sets of keys, from the attention to each: out [..., C], and lse [...] in fp32,
+    the logarithm of the sum of e^score. The second weighs e^b / (e^a + e^b) = sigmoid(b - a)."""
+    weight = torch.sigmoid(lse_b - lse_a)[..., None]
+    return torch.lerp(out_a.to(weight.dtype), out_b.to(weight.dtype), weight).to(out_a.dtype)
 
 
 def cut(sizes, device):
@@ -741,7 +747,12 @@ class Linear(nn.Linear):
     where they are used."""
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        if x.device.type != "cpu" or len(x) > 64 or weight.numel() < 2**16:
+            return F.linear(x, weight, bias)
+        # few rows, as in decoding, and 256 KB of weights or more: a CPU takes half the time this way round
+        y = (weight @ x.T).T.contiguous()
+        return y if bias is None else y + bias
 
 
 class RMSNorm(nn.Module):
@@ -826,9 +837,11 @@ def rope_frequencies(config):
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding, halves convention: x [T, heads, C], cos and sin [T, 1, C/2] in fp32."""
-    a, b = x.float().chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    """Rotary position embedding, halves convention: (a, b) -> (a cos - b sin, b cos + a sin).
+
+    x [T, heads, C]; [cos, cos] and [-sin, sin], each [T, 1, C] in fp32."""
+    h = x.float()
+    return torch.addcmul(h * cos, h.roll(h.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -847,10 +860,12 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
-    def forward(self, x, cos, sin, attend):
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim))                                # [T, heads, C]
-                   for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+    def forward(self, x, cos, sin, attend, rows=None):
+        """x [T, D] -> [T, D]; with rows [n] -> [n, D]: only those look, at all of them."""
+        asking, *angle = (x, cos, sin) if rows is None else (x[rows], cos[rows], sin[rows])
+        q, k, v = (p(h).unflatten(-1, (-1, self.head_dim))                                # [T, heads, C]
+                   for p, h in ((self.q_proj, asking), (self.k_proj, x), (self.v_proj, x)))
+        q, k = rotate(self.q_norm(q), *angle), rotate(self.k_norm(k), cos, sin)
         return self.o_proj(attend(q, k, v).flatten(1))
 
 
@@ -878,13 +893,14 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, attend):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        rows = max(1, MLP_CHUNK // self.mlp.gate_proj.out_features)
-        if len(x) <= rows:
+    def forward(self, x, cos, sin, attend, rows=None):
+        found = self.self_attn(self.input_layernorm(x), cos, sin, attend, rows)
+        x = (x if rows is None else x[rows]) + found
+        chunk = max(1, MLP_CHUNK // self.mlp.gate_proj.out_features)
+        if len(x) <= chunk:
             return self.second_half(x)
         # a chunk's buffers are dropped after it, and made again when its turn comes in backward
-        return torch.cat([again_in_backward(self.second_half, part) for part in x.split(rows)])
+        return torch.cat([again_in_backward(self.second_half, part) for part in x.split(chunk)])
 
     def second_half(self, x):
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -923,9 +939,12 @@ class Transformer(nn.Module):
     def device(self):
         return self.embed_tokens.weight.device
 
-    def forward(self, pack, cache=None):
+    def forward(self, pack, cache=None, rows=None):
         """Hidden states [T, D] of pack.tokens at pack.positions. Who sees whom is decided by `cache.attend`
-        while sampling (rollout.py) and by `pack.attend` otherwise."""
+        while sampling (rollout.py) and by `pack.attend` otherwise.
+
+        rows (with a cache): the n tokens whose hidden states [n, D] are wanted. Of all others the last layer
+        then makes keys and values, and no more."""
         attend = (cache or pack).attend
         x = self.embed_tokens(pack.tokens)                                               # [T, D]
         if self.frequencies.device != x.device:  # once; not a buffer, which .to(bfloat16) would round
@@ -933,10 +952,12 @@ class Transformer(nn.Module):
         x = x.to(self.compute_dtype or x.dtype)
         angle = pack.positions[:, None, None].float() * self.frequencies                 # [T, 1, C/2]
         cos, sin = angle.cos() * self.rope_factor, angle.sin() * self.rope_factor
+        cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)                 # [T, 1, C]
         call = (again_in_backward if self.checkpointing and torch.is_grad_enabled()
                 else lambda layer, *args: layer(*args))
-        for i, layer in enumerate(self.layers):
-            x = call(layer, x, cos, sin, functools.partial(attend, i))
+        wanted = [None] * (len(self.layers) - 1) + [rows]  # of each layer
+        for i, (layer, rows) in enumerate(zip(self.layers, wanted)):
+            x = call(layer, x, cos, sin, functools.partial(attend, i), rows)
         return self.norm(x)
 
     def logits(self, tokens):

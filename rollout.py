@@ -3,12 +3,12 @@ Rollouts: reading examples, sampling completions, scoring them.
 
 The sampler is built for many completions of one long prompt. The prompt is computed once, in chunks, and its
 keys and values are stored once; every decoding step reads them once for all completions, as one attention
-call with G x heads rows instead of G x heads separate vectors. To the completion's own tokens the whole
-prompt then is one more key:
+call with G x heads rows instead of G x heads separate vectors. Attention to the completion's own tokens is
+another call, and the two are merged:
 
-    out_prompt, lse   = attention of all rows to the prompt, and log sum exp(scores) of each row
-    p                 = softmax [ lse | q K_own^T / sqrt(C) ]
-    out               = p_prompt out_prompt + p_own V_own
+    out_a, a = attention of each completion to its own tokens, and log sum exp(scores) of each row
+    out_b, b = attention of all rows to the prompt, and the same
+    out      = (e^a out_a + e^b out_b) / (e^a + e^b)
 
     python rollout.py --model out/sft --prompt "Who follows Ada?"          print completions as they finish
     python rollout.py --model DIR --context-file book.txt --prompt "..."   a long document in front of
@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 from kernels import high_water, matmul, token_loss
 from model import (Pack, Transformer, UserError, adamw, check_context, check_flags, frozen_dtype, init, load,
-                   longest_context, memory_needed, parse_json, rank, run, share_out, stored_name, world)
+                   longest_context, memory_needed, merged, parse_json, rank, run, share_out, stored_name,
+                   world)
 from model import Config as ModelConfig
 
 # --------------------------------------------------------------------------------------------------- examples
@@ -231,19 +232,29 @@ class Completion:
     finished: bool     # False: cut off at max_new_tokens
 
 
-def attention_lse(q, k, v, causal=False):
-    """softmax(q k^T / sqrt(C)) v [B, H, n, C], and the log of the softmax's denominator [B, H, n] in fp32.
+def attention_lse(q, k, v, causal=False, mask=None):
+    """softmax(q k^T / sqrt(C) + mask) v [B, H, n, C], and the log of its denominator [B, H, n] in fp32.
 
     q [B, H, n, C], k and v [B, H, m, C]; every query sees all keys, or with causal (n = m) those up to its
     own. PyTorch's public call keeps the denominator to itself, so this asks the kernels behind it (on CUDA:
-    fp16 or bf16)."""
+    fp16 or bf16), of which only the CPU's takes a mask."""
     if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal)
-    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=causal)[:2]
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal,
+                                                                          attn_mask=mask)
+    if mask is None:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=causal)[:2]
+    return masked_attention_lse(q, k, v, mask)
+
+
+def masked_attention_lse(q, k, v, mask):
+    """attention_lse with a mask, the obvious way."""
+    scores = dot(q, k) / math.sqrt(q.shape[3]) + mask
+    lse = scores.logsumexp(-1)
+    return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
 
 
 def dot(q, k):
-    """q k^T in fp32: q [S, K, n, C], k [S, K, m, C] -> [S, K, n, m].
+    """q k^T in fp32: q [B, H, n, C], k [B, H, m, C] -> [B, H, n, m].
     bf16 scores would be off by up to 0.06 at 16."""
     if q.device.type == "cpu" or q.dtype == torch.float32:
         return (q @ k.transpose(2, 3)).float()
@@ -318,22 +329,27 @@ class Cache:
             self.own[layer] = own[:, rows]
 
     def attend(self, layer, q, k, v):
-        """q [T, H, C], k and v [T, K, C] -> [T, H, C]; k and v are stored on the way."""
+        """q [n, H, C], k and v [T, K, C] -> [n, H, C]; k and v are stored on the way. n = T, but for the last
+        layer of a prefill: there only the last tokens of prompts ask."""
         return (self._attend_prompts if self.segments else self._attend_step)(layer, q, k, v)
 
     def _attend_prompts(self, layer, q, k, v):
-        """Each segment (prompt, start, end) sees itself causally, and what was stored of its prompt before.
-        With a and b the logs of their denominators, the second weighs e^b / (e^a + e^b) = sigmoid(b - a)."""
-        out, sizes, (H, K) = [], [end - start for _, start, end in self.segments], (q.shape[1], k.shape[1])
-        for (u, start, end), q, k, v in zip(self.segments, q.split(sizes), k.split(sizes), v.split(sizes)):
-            store, q, kv = self.prompts[layer][u], q.transpose(0, 1), torch.stack([k, v]).transpose(1, 2)
+        """Each segment (prompt, start, end) sees itself causally,
+        and what was stored of its prompt before."""
+        sizes, (H, K) = [end - start for _, start, end in self.segments], (q.shape[1], k.shape[1])
+        asking = sizes if len(q) == len(k) else [int(end == self.lengths[u]) for u, _, end in self.segments]
+        out = [q[:0]]
+        for (u, start, end), q, k, v in zip(self.segments, q.split(asking), k.split(sizes), v.split(sizes)):
+            store, kv = self.prompts[layer][u], torch.stack([k, v]).transpose(1, 2)
             store[:, :, start:end] = kv
+            if not len(q):
+                continue
+            causal, q = len(q) == len(k), q.transpose(0, 1)  # else it is the last token, which sees all
             # here [1, H, n, C]
-            here, a = attention_lse(q[None], *kv.repeat_interleave(H // K, 1)[:, None], causal=True)
+            here, a = attention_lse(q[None], *kv.repeat_interleave(H // K, 1)[:, None], causal)
             if start:  # the query heads of one key head are more rows of one product: its keys need no copies
                 before, b = attention_lse(q.reshape(1, K, -1, q.shape[2]), *store[:, None, :, :start])
-                weight = torch.sigmoid(b.reshape(a.shape) - a).to(q.dtype)
-                here = here.lerp(before.reshape(here.shape), weight[..., None])
+                here = merged(here, a, before.reshape(here.shape), b.reshape(a.shape))
             out.append(here[0].transpose(0, 1))
         return torch.cat(out)
 
@@ -350,12 +366,7 @@ class Cache:
             out, lse = attention_lse(rows, *prompt[:, None])
             outs.append(out[0].unflatten(1, (len(part), -1)).transpose(0, 1))
             lses.append(lse[0].unflatten(1, (len(part), -1)).transpose(0, 1))
-        # For the softmax a whole prompt is one more key:
-        # its score is the log of its denominator, its value its output
-        scores = torch.cat([torch.cat(lses)[..., None],
-                            dot(q, own[0]) / math.sqrt(q.shape[3]) + self.mask], -1)
-        p = scores.softmax(-1).to(q.dtype)                                                  # [S, K, H/K, 1+L]
-        return (p[..., :1] * torch.cat(outs) + p[..., 1:] @ own[1]).flatten(1, 2)
+        return merged(*attention_lse(q, *own, mask=self.mask), torch.cat(outs), torch.cat(lses)).flatten(1, 2)
 
 
 def prefill(model, cache, prompts, chunk):
@@ -376,10 +387,11 @@ def prefill(model, cache, prompts, chunk):
     for cache.segments in streams:
         tokens = [t for u, start, end in cache.segments for t in prompts[u][start:end]]
         positions = [p for _, start, end in cache.segments for p in range(start, end)]
-        hidden = model(SimpleNamespace(tokens=torch.tensor(tokens, device=model.device),
-                                       positions=torch.tensor(positions, device=model.device)), cache)
-        ends = np.cumsum([end - start for _, start, end in cache.segments]) - 1
-        last.append(hidden[[row for row, (u, _, end) in zip(ends, cache.segments) if end == len(prompts[u])]])
+        ends = itertools.accumulate(end - start for _, start, end in cache.segments)
+        rows = [end - 1 for end, (u, _, upto) in zip(ends, cache.segments) if upto == len(prompts[u])]
+        tokens, positions, rows = (torch.tensor(x, dtype=torch.long, device=model.device)
+                                   for x in (tokens, positions, rows))
+        last.append(model(SimpleNamespace(tokens=tokens, positions=positions), cache, rows))
     return torch.cat(last)
 
 
@@ -416,8 +428,8 @@ def draw(batch, logits):
     shown = logits if batch.seen is None else logits - batch.penalty * batch.seen
     token = pick(shown, batch.noise[batch.which, batch.t], **batch.sampling)
     # the log-prob is the trainer's: tempered, but neither penalised nor cut off
-    scaled = logits / (batch.sampling["temperature"] or 1.0)
-    batch.logps[batch.which, batch.t] = scaled.gather(1, token[:, None])[:, 0] - scaled.logsumexp(-1)
+    logp = (logits / (batch.sampling["temperature"] or 1.0)).log_softmax(-1)
+    batch.logps[batch.which, batch.t] = logp.gather(1, token[:, None])[:, 0]
     batch.written[batch.which, batch.t] = token
     batch.stopped.copy_((token[:, None] == batch.stops).any(1))
     if batch.seen is not None:
