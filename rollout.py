@@ -474,7 +474,7 @@ def stepper(model, cache, batch):
     return replay
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, prompts, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0,
              presence_penalty=0.0, stop_ids=(), seed=0, chunk=2048, kv_tokens=2**18, on_done=None,
              numbers=None):

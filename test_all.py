@@ -635,6 +635,20 @@ def test_an_mlp_in_chunks_of_rows_has_the_same_gradient(checkpointing, monkeypat
     assert max(seen) == 5
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 7, 64, 65])         # 64: the last that a CPU multiplies the other way
+def test_a_product_of_few_rows_is_the_same_product(rows, bias):
+    torch.manual_seed(rows)
+    layer, x = model.Linear(128, 512, bias), torch.randn(rows, 128, requires_grad=True)
+    y, dy = layer(x), torch.randn(rows, 512)
+    assert y.shape == (rows, 512) and y.is_contiguous()     # flash attention takes no other layout
+    wanted = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
+    inputs = [x, *layer.parameters()]
+    for a, b in zip((y, *torch.autograd.grad(y, inputs, dy)),
+                    (wanted, *torch.autograd.grad(wanted, inputs, dy.double()))):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-4)
+
+
 def test_the_norms_gradient_is_that_of_autograd():
     torch.manual_seed(0)
     norm, x, dy = model.RMSNorm(16, 1e-6), torch.randn(5, 3, 16, requires_grad=True), torch.randn(5, 3, 16)
@@ -1780,18 +1794,36 @@ def test_cache_and_chunked_prefill_give_the_hidden_states_of_a_full_pass(chunk, 
             close(torch.stack(steps, 1)[s], full[len(prompts[s // 2]) - 1:])
 
 
-@pytest.mark.parametrize("causal, dtype",
-                         [(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)])
-def test_attention_with_its_denominator_equals_the_formula(causal, dtype):
-    g = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hidden", ["nothing", "the future", "what a mask says"])
+def test_attention_with_its_denominator_equals_the_formula(hidden, dtype):
+    g, causal = torch.Generator().manual_seed(0), hidden == "the future"
     q, k, v = (torch.randn(2, 3, n, 8, generator=g).to(dtype) for n in ((6, 6, 6) if causal else (5, 70, 70)))
-    scores = (q.double() @ k.double().transpose(2, 3)) / 8 ** 0.5
+    mask = None
+    if hidden == "what a mask says":                        # as in Cache: one row for each completion
+        mask = torch.zeros(2, 1, 1, 70, dtype=dtype)
+        mask[0, ..., 9:], mask[1, ..., :60] = -math.inf, -math.inf
+    scores = (q.double() @ k.double().transpose(2, 3)) / 8 ** 0.5 + (0 if mask is None else mask.double())
     if causal:
         scores = scores.masked_fill(torch.ones(6, 6).triu(1).bool(), -math.inf)
-    out, lse = rollout.attention_lse(q, k, v, causal)
+    ways = [rollout.attention_lse(q, k, v, causal, mask)]
+    if mask is not None:
+        ways.append(rollout.masked_attention_lse(q, k, v, mask))        # what CUDA does
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    close(out.double(), scores.softmax(-1) @ v.double(), tolerance)
-    close(lse.double(), scores.logsumexp(-1), tolerance)
+    for out, lse in ways:
+        assert out.dtype == dtype and lse.dtype == torch.float32
+        close(out.double(), scores.softmax(-1) @ v.double(), tolerance)
+        close(lse.double(), scores.logsumexp(-1), tolerance)
+
+
+def test_the_last_layer_of_a_prefill_computes_only_what_is_read():
+    student, seen = tiny_model(), [[], []]
+    for layer, rows in zip(student.layers, seen):
+        layer.mlp.register_forward_pre_hook(lambda _, args, rows=rows: rows.append(len(args[0])))
+    cache = rollout.Cache(student.config, [9, 4, 17], torch.float32, "cpu")
+    with torch.no_grad():
+        hidden = rollout.prefill(student, cache, three_prompts(), 10)
+    assert len(hidden) == 3 and seen == [[10, 10, 10], [1, 1, 1]]       # the first 9 and 1; 3 and 7; 10
 
 
 def test_both_ways_of_sampling_and_the_repeated_prompt_agree(monkeypatch):
