@@ -748,9 +748,10 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
-        if x.device.type != "cpu" or len(x) > 64 or weight.numel() < 2**16:
+        if x.device.type != "cpu" or len(x) > 64 or weight.numel() < 2**15:
             return F.linear(x, weight, bias)
-        # few rows, as in decoding, and 256 KB of weights or more: a CPU takes half the time this way round
+        # Few rows, as in decoding, and 128 KB of fp32 weights or more: this way round a CPU takes half the
+        # time. contiguous: attention asks kernels directly, which take no other layout
         y = (weight @ x.T).T.contiguous()
         return y if bias is None else y + bias
 
@@ -770,7 +771,12 @@ class RMSNorm(nn.Module):
 
 def rms_norm(x, weight, eps):
     """Rounds as transformers does: to x's dtype before the weight is applied."""
-    return weight.to(x.dtype) * F.rms_norm(x, x.shape[-1:], eps=eps)
+    if x.device.type != "cpu":
+        return weight.to(x.dtype) * F.rms_norm(x, x.shape[-1:], eps=eps)
+    h = x.float()  # the same in half as many operations, which decoding feels
+    size = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
+    scale = torch.full_like(size, eps).addcmul_(size, size, value=1 / h.shape[-1]).rsqrt_()  # 1 / rms(x)
+    return weight.to(x.dtype) * (h * scale).to(x.dtype)
 
 
 class Normalise(torch.autograd.Function):
@@ -839,9 +845,9 @@ def rope_frequencies(config):
 def rotate(x, cos, sin):
     """Rotary position embedding, halves convention: (a, b) -> (a cos - b sin, b cos + a sin).
 
-    x [T, heads, C]; [cos, cos] and [-sin, sin], each [T, 1, C] in fp32."""
+    x [T, heads, C]; cos = [cos, cos] and sin = [-sin, sin], each [T, 1, C] in fp32."""
     h = x.float()
-    return torch.addcmul(h * cos, h.roll(h.shape[-1] // 2, -1), sin).to(x.dtype)
+    return (h * cos).addcmul_(h.roll(h.shape[-1] // 2, -1), sin).to(x.dtype)  # (a, b) cos + (b, a) sin
 
 
 class Attention(nn.Module):
@@ -860,12 +866,11 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
-    def forward(self, x, cos, sin, attend, rows=None):
-        """x [T, D] -> [T, D]; with rows [n] -> [n, D]: only those look, at all of them."""
-        asking, *angle = (x, cos, sin) if rows is None else (x[rows], cos[rows], sin[rows])
-        q, k, v = (p(h).unflatten(-1, (-1, self.head_dim))                                # [T, heads, C]
-                   for p, h in ((self.q_proj, asking), (self.k_proj, x), (self.v_proj, x)))
-        q, k = rotate(self.q_norm(q), *angle), rotate(self.k_norm(k), cos, sin)
+    def forward(self, x, cos, sin, attend, rows):
+        """x [T, D] -> [n, D]: only `rows` ask, keys and values are those of all."""
+        q, k, v = (p(h).unflatten(-1, (-1, self.head_dim))                         # [n or T, heads, C]
+                   for p, h in ((self.q_proj, x[rows]), (self.k_proj, x), (self.v_proj, x)))
+        q, k = rotate(self.q_norm(q), cos[rows], sin[rows]), rotate(self.k_norm(k), cos, sin)
         return self.o_proj(attend(q, k, v).flatten(1))
 
 
@@ -881,11 +886,15 @@ class MLP(nn.Module):
         return self.down_proj(gate * self.up_proj(x))
 
 
-# entries of one [rows, intermediate_size] buffer of an MLP: longer streams go through it in chunks of rows.
-# For Qwen3-1.7B in bf16 a buffer is 128 MB, and 128K tokens are 13 chunks; in one piece it is 1.6 GB, 5 times
-MLP_CHUNK = 2**26
-# the same without gradients, when chunks cost nothing: on a CPU 2 MB, which stay in its caches
-FROZEN_MLP_CHUNK = {"cpu": 2**19}
+MLP_CHUNK = 2**26  # entries of one [rows, intermediate_size] buffer of an MLP
+
+
+def mlp_rows(intermediate_size, device_type, grad):
+    """Longer streams go through an MLP in chunks of so many rows.
+
+    For Qwen3-1.7B in bf16 a buffer is 128 MB, and 128K tokens are 13 chunks; in one piece it is 1.6 GB, 5
+    times. Without gradients nothing is made a second time: on a CPU chunks that fit its caches are faster."""
+    return 512 if device_type == "cpu" and not grad else max(1, MLP_CHUNK // intermediate_size)
 
 
 class Block(nn.Module):
@@ -896,11 +905,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, attend, rows=None):
-        found = self.self_attn(self.input_layernorm(x), cos, sin, attend, rows)
-        x = (x if rows is None else x[rows]) + found
-        entries = MLP_CHUNK if torch.is_grad_enabled() else FROZEN_MLP_CHUNK.get(x.device.type, MLP_CHUNK)
-        chunk = max(1, entries // self.mlp.gate_proj.out_features)
+    def forward(self, x, cos, sin, attend, rows):
+        x = x[rows] + self.self_attn(self.input_layernorm(x), cos, sin, attend, rows)
+        chunk = mlp_rows(self.mlp.gate_proj.out_features, x.device.type, torch.is_grad_enabled())
         if len(x) <= chunk:
             return self.second_half(x)
         # a chunk's buffers are dropped after it, and made again when its turn comes in backward
@@ -943,12 +950,12 @@ class Transformer(nn.Module):
     def device(self):
         return self.embed_tokens.weight.device
 
-    def forward(self, pack, cache=None, rows=None):
+    def forward(self, pack, cache=None, rows=slice(None)):
         """Hidden states [T, D] of pack.tokens at pack.positions. Who sees whom is decided by `cache.attend`
         while sampling (rollout.py) and by `pack.attend` otherwise.
 
-        rows (with a cache): the n tokens whose hidden states [n, D] are wanted. Of all others the last layer
-        then makes keys and values, and no more."""
+        rows (of prefill): which hidden states [n, D] are wanted, those of last tokens. Of all others the last
+        layer then makes keys and values, and no more."""
         attend = (cache or pack).attend
         x = self.embed_tokens(pack.tokens)                                               # [T, D]
         if self.frequencies.device != x.device:  # once; not a buffer, which .to(bfloat16) would round
@@ -959,9 +966,9 @@ class Transformer(nn.Module):
         cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)                 # [T, 1, C]
         call = (again_in_backward if self.checkpointing and torch.is_grad_enabled()
                 else lambda layer, *args: layer(*args))
-        wanted = [None] * (len(self.layers) - 1) + [rows]  # of each layer
-        for i, (layer, rows) in enumerate(zip(self.layers, wanted)):
-            x = call(layer, x, cos, sin, functools.partial(attend, i), rows)
+        for i, layer in enumerate(self.layers):
+            x = call(layer, x, cos, sin, functools.partial(attend, i),
+                     rows if layer is self.layers[-1] else slice(None))
         return self.norm(x)
 
     def logits(self, tokens):
@@ -1347,7 +1354,7 @@ def memory_needed(config, stream, rows, kind="cpu", checkpointing=False, teacher
     Of n weights the optimizer needs 12 n bytes (fp32 weight, two moments) and 4 n for gradients.
     Of a layer autograd keeps
         E = 4 D + 3 H C + 3 K C + 4 I  entries a token: inputs of its matmuls, norms, attention and activation
-    and its backward works on W = 3 D + 2 I more, where I is the intermediate size, of at most MLP_CHUNK / I
+    and its backward works on W = 3 D + 2 I more, where I is the intermediate size, of at most mlp_rows(I)
     tokens at a time. With L layers the stream takes
         T b L E      and then the larger of  T b W        and the head,      or with gradient checkpointing
         T b L D      and then the larger of  T b (E + W)  and the head,
@@ -1359,7 +1366,7 @@ def memory_needed(config, stream, rows, kind="cpu", checkpointing=False, teacher
     n, D, V, I, L = (n_parameters(config) / world, config.hidden_size, config.vocab_size,
                      config.intermediate_size, config.num_hidden_layers)
     HC, KC = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    I = min(I, MLP_CHUNK / stream)                                                   # mean over the stream
+    I *= min(1, mlp_rows(I, kind, grad=True) / stream)                               # mean over the stream
     layer, work = stream * b * (4 * D + 3 * HC + 3 * KC + 4 * I), stream * b * (3 * D + 2 * I)
     layer += n / L * b if b == 2 else 0
     head = 3 * min(CHUNK_BYTES[kind], fp32 * rows * V) + b * (2 * stream + 3 * rows) * D
@@ -1377,7 +1384,8 @@ def memory_needed(config, stream, rows, kind="cpu", checkpointing=False, teacher
         t, Dt = n_parameters(teacher), teacher.hidden_size
         heads = (teacher.num_attention_heads + teacher.num_key_value_heads) * teacher.head_dim
         weights, waiting = {"teacher": t * b / world}, {"teacher's hidden states": scored * Dt * b}
-        It = min(teacher.intermediate_size, FROZEN_MLP_CHUNK.get(kind, MLP_CHUNK) / stream)
+        It = teacher.intermediate_size
+        It *= min(1, mlp_rows(It, kind, grad=False) / stream)
         if world > 1:  # two layers, and from the first pass on embedding and head
             head_whole = 2 * b * teacher.vocab_size * Dt
             scoring["teacher gathered"], update["teacher gathered"] = (

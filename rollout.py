@@ -236,8 +236,8 @@ def attention_lse(q, k, v, causal=False, mask=None):
     """softmax(q k^T / sqrt(C) + mask) v [B, H, n, C], and the log of its denominator [B, H, n] in fp32.
 
     q [B, H, n, C], k and v [B, H, m, C]; every query sees all keys, or with causal (n = m) those up to its
-    own. PyTorch's public call keeps the denominator to itself, so this asks the kernels behind it (on CUDA:
-    fp16 or bf16), of which only the CPU's takes a mask."""
+    own. PyTorch's public call keeps the denominator to itself, so this asks the flash kernels behind it (on
+    CUDA: fp16 or bf16), of which only the CPU's takes a mask."""
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal,
                                                                           attn_mask=mask)
@@ -249,8 +249,8 @@ def attention_lse(q, k, v, causal=False, mask=None):
 def masked_attention_lse(q, k, v, mask):
     """attention_lse with a mask, the obvious way."""
     scores = dot(q, k) / math.sqrt(q.shape[3]) + mask
-    lse = scores.logsumexp(-1)
-    return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
+    logp = scores.log_softmax(-1)                               # scores - lse, so at the largest of each:
+    return logp.exp().to(v.dtype) @ v, scores.amax(-1) - logp.amax(-1)
 
 
 def dot(q, k):
@@ -338,7 +338,7 @@ class Cache:
         and what was stored of its prompt before."""
         sizes, (H, K) = [end - start for _, start, end in self.segments], (q.shape[1], k.shape[1])
         asking = sizes if len(q) == len(k) else [int(end == self.lengths[u]) for u, _, end in self.segments]
-        out = [q[:0]]
+        out = [q[:0]]  # in the last layer perhaps nobody asks
         for (u, start, end), q, k, v in zip(self.segments, q.split(asking), k.split(sizes), v.split(sizes)):
             store, kv = self.prompts[layer][u], torch.stack([k, v]).transpose(1, 2)
             store[:, :, start:end] = kv
@@ -366,7 +366,8 @@ class Cache:
             out, lse = attention_lse(rows, *prompt[:, None])
             outs.append(out[0].unflatten(1, (len(part), -1)).transpose(0, 1))
             lses.append(lse[0].unflatten(1, (len(part), -1)).transpose(0, 1))
-        return merged(*attention_lse(q, *own, mask=self.mask), torch.cat(outs), torch.cat(lses)).flatten(1, 2)
+        here, a = attention_lse(q, *own, mask=self.mask)  # to its own tokens
+        return merged(here, a, torch.cat(outs), torch.cat(lses)).flatten(1, 2)
 
 
 def prefill(model, cache, prompts, chunk):

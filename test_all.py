@@ -636,7 +636,7 @@ def test_an_mlp_in_chunks_of_rows_has_the_same_gradient(checkpointing, monkeypat
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [0, 1, 7, 64, 65])         # 64: the last that a CPU multiplies the other way
+@pytest.mark.parametrize("rows", [0, 1, 7, 64, 65])         # 64: the last that a CPU takes the other way
 def test_a_product_of_few_rows_is_the_same_product(rows, bias):
     torch.manual_seed(rows)
     layer, x = model.Linear(128, 512, bias), torch.randn(rows, 128, requires_grad=True)
@@ -647,6 +647,17 @@ def test_a_product_of_few_rows_is_the_same_product(rows, bias):
     for a, b in zip((y, *torch.autograd.grad(y, inputs, dy)),
                     (wanted, *torch.autograd.grad(wanted, inputs, dy.double()))):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-4)
+
+
+def test_a_prompt_longer_than_the_cpus_mlp_chunk_has_the_hidden_states_of_training():
+    student, ids = tiny_model(), random_ids(np.random.default_rng(0), 1100)
+    with torch.no_grad():
+        found = student(Pack.build([(ids, [])]))
+        cache = rollout.Cache(student.config, [1100], torch.float32, "cpu")
+        last = rollout.prefill(student, cache, [ids], 2048)
+    whole = student(Pack.build([(ids, [])])).detach()           # with gradients, in one piece
+    close(found, whole)
+    close(last, whole[-1:])
 
 
 def test_the_norms_gradient_is_that_of_autograd():
