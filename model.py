@@ -774,9 +774,13 @@ def rms_norm(x, weight, eps):
     if x.device.type != "cpu":
         return weight.to(x.dtype) * F.rms_norm(x, x.shape[-1:], eps=eps)
     h = x.float()  # the same in half as many operations, which decoding feels
+    return weight.to(x.dtype) * (h * inverse_rms(h, eps)).to(x.dtype)
+
+
+def inverse_rms(h, eps):
+    """1 / sqrt(mean(h^2) + eps) of each row [..., 1]."""
     size = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
-    scale = torch.full_like(size, eps).addcmul_(size, size, value=1 / h.shape[-1]).rsqrt_()  # 1 / rms(x)
-    return weight.to(x.dtype) * (h * scale).to(x.dtype)
+    return torch.full_like(size, eps).addcmul_(size, size, value=1 / h.shape[-1]).rsqrt_()
 
 
 class Normalise(torch.autograd.Function):
@@ -797,7 +801,7 @@ class Normalise(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         h = x.float()
-        scale = torch.rsqrt(h.square().mean(-1, keepdim=True) + ctx.eps)  # 1 / rms(x)
+        scale = inverse_rms(h, ctx.eps)
         n = h * scale
         dweight = (dy * n).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         u = dy * weight.to(n.dtype)
