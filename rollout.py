@@ -401,15 +401,12 @@ def logits_of(model, hidden):
     head = model.head_weight[:model.n_vocab]
     logits = torch.empty(len(head), len(hidden), device=hidden.device)
     matmul(head, hidden.T, out=logits)  # this way round few rows take a CPU half the time
-    return logits.T.contiguous()
+    return logits.T
 
 
-def pick(logits, noise, temperature, top_p=1.0, top_k=0, min_p=0.0):
-    """One token per row of logits [S, V],
+def pick(z, noise, top_p=1.0, top_k=0, min_p=0.0):
+    """One token per row of tempered logits z [S, V],
     by the inverse of the distribution function at noise [S] in [0, 1)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    z = logits / temperature
     if min_p > 0:  # tokens less than min_p times as likely as the likeliest are out
         z = z.masked_fill(z < z.amax(-1, keepdim=True) + math.log(min_p), -math.inf)
     if 0 < top_k < z.shape[-1]:
@@ -418,7 +415,7 @@ def pick(logits, noise, temperature, top_p=1.0, top_k=0, min_p=0.0):
         ordered, index = z.sort(-1, descending=True)
         p = ordered.softmax(-1)
         z = z.scatter(-1, index, ordered.masked_fill(p.cumsum(-1) - p >= top_p, -math.inf))
-    mass = z.softmax(-1).double().cumsum(-1)  # double: the tail of 150K summands must not be rounded away
+    mass = z.softmax(-1).cumsum(-1, dtype=torch.double)  # fp32 would round away the tail of 150K summands
     token = torch.searchsorted(mass, noise.double()[:, None] * mass[:, -1:], right=True)[:, 0]
     return token.clamp(max=z.shape[-1] - 1)  # of NaN any: the step's loss is NaN too, skipped and counted
 
@@ -426,11 +423,14 @@ def pick(logits, noise, temperature, top_p=1.0, top_k=0, min_p=0.0):
 def draw(batch, logits):
     """Sample the next token of every running completion from logits [S, V],
     note it and its log-prob, and move on."""
-    shown = logits if batch.seen is None else logits - batch.penalty * batch.seen
-    token = pick(shown, batch.noise[batch.which, batch.t], **batch.sampling)
+    temperature = batch.temperature or 1.0  # 0, greedy, notes log-probs as at 1
+    # into rows again, which logits_of made as columns
+    z = torch.div(logits, temperature, out=torch.empty(logits.shape, device=logits.device))
+    shown = z if batch.seen is None else z - batch.penalty / temperature * batch.seen
+    token = (shown.argmax(-1) if batch.temperature == 0
+             else pick(shown, batch.noise[batch.which, batch.t], **batch.cuts))
     # the log-prob is the trainer's: tempered, but neither penalised nor cut off
-    logp = (logits / (batch.sampling["temperature"] or 1.0)).log_softmax(-1)
-    batch.logps[batch.which, batch.t] = logp.gather(1, token[:, None])[:, 0]
+    batch.logps[batch.which, batch.t] = z.log_softmax(-1).gather(1, token[:, None])[:, 0]
     batch.written[batch.which, batch.t] = token
     batch.stopped.copy_((token[:, None] == batch.stops).any(1))
     if batch.seen is not None:
@@ -520,17 +520,17 @@ def generate(model, prompts, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0
                               2**27 // (n * model.n_vocab)))
         waves[-1].append(i)
         room -= 1
-    sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+    cuts = dict(top_p=top_p, top_k=top_k, min_p=min_p)
     for wave in waves:
         names = [(i, j) for i in wave for j in range(n)]
         noise = np.stack([np.random.default_rng([*seed, numbers[i], j])
                           .random(max_new_tokens, dtype=np.float32) for i, j in names])
-        sample_wave(model, [prompts[i] for i in wave], n, noise, sampling, presence_penalty, stop_ids, chunk,
-                    lambda index, *rest: finish(names[index], *rest))
+        sample_wave(model, [prompts[i] for i in wave], n, noise, temperature, cuts, presence_penalty, stop_ids,
+                    chunk, lambda index, *rest: finish(names[index], *rest))
     return [[done[i, j] for j in range(n)] for i in range(len(prompts))]
 
 
-def sample_wave(model, prompts, n, noise, sampling, penalty, stop_ids, chunk, finish):
+def sample_wave(model, prompts, n, noise, temperature, cuts, penalty, stop_ids, chunk, finish):
     """Prefill and decode one wave; finish(index, tokens, logps, finished) is called once for each of its
     completions. noise [all completions, max_new_tokens]."""
     device, (count, max_new_tokens) = model.device, noise.shape
@@ -545,7 +545,7 @@ def sample_wave(model, prompts, n, noise, sampling, penalty, stop_ids, chunk, fi
         which=torch.from_numpy(which).to(device), t=torch.zeros(1, dtype=torch.long, device=device),
         stopped=torch.zeros(count, dtype=torch.bool, device=device),
         stops=torch.tensor(list(stop_ids), dtype=torch.long, device=device),
-        noise=torch.from_numpy(noise).to(device), sampling=sampling, penalty=penalty,
+        noise=torch.from_numpy(noise).to(device), temperature=temperature, cuts=cuts, penalty=penalty,
         seen=torch.zeros(count, model.n_vocab, dtype=torch.bool, device=device) if penalty else None,
         written=torch.zeros(noise.shape, dtype=torch.long, device=device),
         logps=torch.zeros(noise.shape, device=device))

@@ -1755,7 +1755,8 @@ def test_the_presence_penalty_is_taken_from_tokens_already_written():
 def test_every_token_is_drawn_as_often_as_its_probability_says(cuts):
     logits, M = tiny_model().logits([1, 2, 3])[-1].detach(), 20000
     noise = (torch.arange(M) + 0.5) / M             # an even grid, not chance: counts are exact to one
-    drawn = rollout.pick(logits.expand(M, -1), noise, **dict(temperature=1.0) | cuts).bincount(minlength=12)
+    z = (logits / cuts.get("temperature", 1.0)).expand(M, -1)
+    drawn = rollout.pick(z, noise, **{k: v for k, v in cuts.items() if k != "temperature"}).bincount(minlength=12)
     wanted = torch.tensor(slow_distribution(logits.tolist(), **cuts)) * M
     assert (drawn - wanted).abs().max() <= 1 and ((drawn == 0) == (wanted == 0)).all()
 
@@ -1906,7 +1907,7 @@ class Recordable(TorchDispatchMode):
         return out
 
 
-def batch_of(student, cache, n, R, device, penalty=0.5, **sampling):
+def batch_of(student, cache, n, R, device, penalty=0.5, temperature=0.8):
     """The state of decoding, as sample_wave makes it, on any device."""
     S = n * len(cache.lengths)
     zeros = lambda *shape, dtype=torch.long: torch.zeros(*shape, dtype=dtype, device=device)
@@ -1916,7 +1917,7 @@ def batch_of(student, cache, n, R, device, penalty=0.5, **sampling):
         stops=zeros(2) + 3, noise=torch.rand(S, R, generator=torch.Generator().manual_seed(0)).to(device),
         penalty=penalty, seen=zeros(S, student.n_vocab, dtype=torch.bool), written=zeros(S, R),
         logps=zeros(S, R, dtype=torch.float32),
-        sampling=dict(temperature=0.8, top_p=0.9, top_k=6, min_p=0.01) | sampling)
+        temperature=temperature, cuts=dict(top_p=0.9, top_k=6, min_p=0.01))
 
 
 @pytest.mark.parametrize("device, dtype", [("cpu", torch.float32), ("meta", torch.bfloat16)], ids=str)
