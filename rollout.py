@@ -340,14 +340,13 @@ class Cache:
         asking = sizes if len(q) == len(k) else [int(end == self.lengths[u]) for u, _, end in self.segments]
         out = [q[:0]]  # in the last layer perhaps nobody asks
         for (u, start, end), q, k, v in zip(self.segments, q.split(asking), k.split(sizes), v.split(sizes)):
-            store, kv = self.prompts[layer][u], torch.stack([k, v]).transpose(1, 2)
-            store[:, :, start:end] = kv
+            store = self.prompts[layer][u]                                              # [2, K, P, C]
+            store[0, :, start:end], store[1, :, start:end] = k.transpose(0, 1), v.transpose(0, 1)
             if not len(q):
                 continue
             causal, q = len(q) == len(k), q.transpose(0, 1)  # else it is the last token, which sees all
-            # here [1, H, n, C]
-            here, a = attention_lse(q[None], *kv.repeat_interleave(H // K, 1)[:, None], causal)
-            if start:  # the query heads of one key head are more rows of one product: its keys need no copies
+            here, a = attention_lse(q[None], *store[:, None, :, start:end], causal=causal)  # [1, H, n, C]
+            if start:  # the query heads of one key head are more rows of one product: its keys are read once
                 before, b = attention_lse(q.reshape(1, K, -1, q.shape[2]), *store[:, None, :, :start])
                 here = merged(here, a, before.reshape(here.shape), b.reshape(a.shape))
             out.append(here[0].transpose(0, 1))
