@@ -752,7 +752,7 @@ class Linear(nn.Linear):
             return F.linear(x, weight, bias)
         # Few rows, as in decoding, and 128 KB of fp32 weights or more: this way round a CPU takes half the
         # time. contiguous: attention asks kernels directly, which take no other layout
-        y = (weight @ x.T).T.contiguous()
+        y = F.linear(weight, x).t().contiguous()
         return y if bias is None else y + bias
 
 
@@ -774,7 +774,7 @@ def rms_norm(x, weight, eps):
     if x.device.type != "cpu":
         return weight.to(x.dtype) * F.rms_norm(x, x.shape[-1:], eps=eps)
     h = x.float()  # the same in half as many operations, which decoding feels
-    return weight.to(x.dtype) * (h * inverse_rms(h, eps)).to(x.dtype)
+    return (h * inverse_rms(h, eps)).to(x.dtype).mul_(weight.to(x.dtype))
 
 
 def inverse_rms(h, eps):
@@ -851,7 +851,7 @@ def rotate(x, cos, sin):
 
     x [T, heads, C]; cos = [cos, cos] and sin = [-sin, sin], each [T, 1, C] in fp32."""
     h = x.float()
-    return (h * cos).addcmul_(h.roll(h.shape[-1] // 2, -1), sin).to(x.dtype)  # (a, b) cos + (b, a) sin
+    return h.roll(h.shape[-1] // 2, -1).mul_(sin).addcmul_(h, cos).to(x.dtype)  # (b, a) sin + (a, b) cos
 
 
 class Attention(nn.Module):
