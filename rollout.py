@@ -279,7 +279,7 @@ class Cache:
         """lengths: tokens of each prompt."""
         self.lengths, self.segments, self.free = lengths, None, 0
         K, C = config.num_key_value_heads, config.head_dim
-        self.prompts = [[torch.empty(2, K, P, C, dtype=dtype, device=device) for P in lengths]
+        self.prompts = [[torch.empty(2, 1, K, P, C, dtype=dtype, device=device) for P in lengths]
                         for _ in range(config.num_hidden_layers)]
 
     def start(self, n):
@@ -290,7 +290,7 @@ class Cache:
                  all: less to launch, more to read and to hold. Taken while the copies of a prompt are small,
                  in bytes per layer"""
         some, self.counts, self.segments = self.prompts[0][0], [n] * len(self.lengths), None
-        _, K, P, C = some.shape
+        _, _, K, P, C = some.shape
         copies = n * np.mean(self.lengths) * some.nbytes / P
         self.shared = copies > SHARE_BYTES[some.device.type]
         # kernels want a mask's rows at multiples of 8
@@ -302,7 +302,7 @@ class Cache:
             these = slice(u * n, (u + 1) * n)
             self.mask[these, ..., :P] = 0
             for own, prompts in zip(self.own, self.prompts):
-                own[:, these, :, :P] = prompts[u][:, None]
+                own[:, these, :, :P] = prompts[u]
                 prompts[u] = None
 
     def grow(self):
@@ -341,32 +341,30 @@ class Cache:
         out = [q[:0]]  # in the last layer perhaps nobody asks
         for (u, start, end), q, k, v in zip(self.segments, q.split(asking), k.split(sizes), v.split(sizes)):
             store = self.prompts[layer][u]                                              # [2, K, P, C]
-            store[0, :, start:end], store[1, :, start:end] = k.transpose(0, 1), v.transpose(0, 1)
+            store[0, 0, :, start:end], store[1, 0, :, start:end] = k.transpose(0, 1), v.transpose(0, 1)
             if not len(q):
                 continue
             causal, q = len(q) == len(k), q.transpose(0, 1)  # else it is the last token, which sees all
-            here, a = attention_lse(q[None], *store[:, None, :, start:end], causal=causal)  # [1, H, n, C]
+            here, a = attention_lse(q[None], *store[..., start:end, :], causal=causal)  # [1, H, n, C]
             if start:  # the query heads of one key head are more rows of one product: its keys are read once
-                before, b = attention_lse(q.reshape(1, K, -1, q.shape[2]), *store[:, None, :, :start])
+                before, b = attention_lse(q.reshape(1, K, -1, q.shape[2]), *store[..., :start, :])
                 here = merged(here, a, before.reshape(here.shape), b.reshape(a.shape))
             out.append(here[0].transpose(0, 1))
         return torch.cat(out)
 
     def _attend_step(self, layer, q, k, v):
         """One new token of each completion."""
-        q, own = q.unflatten(1, (k.shape[1], -1)), self.own[layer]                          # [S, K, H/K, C]
-        own.index_copy_(3, self.at, torch.stack([k, v])[:, :, :, None])
+        S, own = len(q), self.own[layer]
+        q = q.unflatten(1, (k.shape[1], -1))                                            # [S, K, H/K, C]
+        own.index_copy_(3, self.at, torch.stack([k, v]).unsqueeze(3))
         if not self.shared:
             return F.scaled_dot_product_attention(q, *own, attn_mask=self.mask).flatten(1, 2)
-        outs, lses = [], []
-        for prompt, part in zip(self.prompts[layer], q.split(self.counts)):                 # [G, K, H/K, C]
-            # all completions of a prompt are rows of one product with its keys, which are read once
-            rows = part.transpose(0, 1).flatten(1, 2)[None]                                 # [1, K, G*H/K, C]
-            out, lse = attention_lse(rows, *prompt[:, None])
-            outs.append(out[0].unflatten(1, (len(part), -1)).transpose(0, 1))
-            lses.append(lse[0].unflatten(1, (len(part), -1)).transpose(0, 1))
-        here, a = attention_lse(q, *own, mask=self.mask)  # to its own tokens
-        return merged(here, a, torch.cat(outs), torch.cat(lses)).flatten(1, 2)
+        # all completions of a prompt are rows of one product with its keys, which are read once
+        rows = [part.flatten(1, 2)[None] for part in q.transpose(0, 1).split(self.counts, 1)]
+        outs, lses = zip(*[attention_lse(r, *prompt.unbind()) for r, prompt in zip(rows, self.prompts[layer])])
+        there, b = (x[0].unflatten(1, (S, -1)).transpose(0, 1) for x in (torch.cat(outs, 2), torch.cat(lses, 2)))
+        here, a = attention_lse(q, *own.unbind(), mask=self.mask)  # to its own tokens
+        return merged(here, a, there, b).flatten(1, 2)
 
 
 def prefill(model, cache, prompts, chunk):
