@@ -748,7 +748,7 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
-        if x.device.type != "cpu" or len(x) > 64 or weight.numel() < 2**15:
+        if not x.is_cpu or x.shape[0] > 64 or weight.numel() < 2**15:
             return F.linear(x, weight, bias)
         # Few rows, as in decoding, and 128 KB of fp32 weights or more: this way round a CPU takes half the
         # time. contiguous: attention asks kernels directly, which take no other layout
@@ -771,7 +771,7 @@ class RMSNorm(nn.Module):
 
 def rms_norm(x, weight, eps):
     """Rounds as transformers does: to x's dtype before the weight is applied."""
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return weight.to(x.dtype) * F.rms_norm(x, x.shape[-1:], eps=eps)
     h = x.float()  # the same in half as many operations, which decoding feels
     return (h * inverse_rms(h, eps)).to(x.dtype).mul_(weight.to(x.dtype))
@@ -870,11 +870,11 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
-    def forward(self, x, cos, sin, attend, rows):
-        """x [T, D] -> [n, D]: only `rows` ask, keys and values are those of all."""
-        q, k, v = (p(h).unflatten(-1, (-1, self.head_dim))                         # [n or T, heads, C]
-                   for p, h in ((self.q_proj, x[rows]), (self.k_proj, x), (self.v_proj, x)))
-        q, k = rotate(self.q_norm(q), cos[rows], sin[rows]), rotate(self.k_norm(k), cos, sin)
+    def forward(self, x, cos, sin, attend, asking):
+        """x [T, D] -> [n, D]: only `asking(x)` ask, keys and values are those of all."""
+        q, k, v = (h.view(-1, h.shape[1] // self.head_dim, self.head_dim)          # [n or T, heads, C]
+                   for h in (self.q_proj(asking(x)), self.k_proj(x), self.v_proj(x)))
+        q, k = rotate(self.q_norm(q), asking(cos), asking(sin)), rotate(self.k_norm(k), cos, sin)
         return self.o_proj(attend(q, k, v).flatten(1))
 
 
@@ -909,10 +909,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, attend, rows):
-        x = x[rows] + self.self_attn(self.input_layernorm(x), cos, sin, attend, rows)
+    def forward(self, x, cos, sin, attend, asking):
+        x = asking(x) + self.self_attn(self.input_layernorm(x), cos, sin, attend, asking)
         chunk = mlp_rows(self.mlp.gate_proj.out_features, x.device.type, torch.is_grad_enabled())
-        if len(x) <= chunk:
+        if x.shape[0] <= chunk:
             return self.second_half(x)
         # a chunk's buffers are dropped after it, and made again when its turn comes in backward
         return torch.cat([again_in_backward(self.second_half, part) for part in x.split(chunk)])
@@ -954,7 +954,7 @@ class Transformer(nn.Module):
     def device(self):
         return self.embed_tokens.weight.device
 
-    def forward(self, pack, cache=None, rows=slice(None)):
+    def forward(self, pack, cache=None, rows=None):
         """Hidden states [T, D] of pack.tokens at pack.positions. Who sees whom is decided by `cache.attend`
         while sampling (rollout.py) and by `pack.attend` otherwise.
 
@@ -971,8 +971,9 @@ class Transformer(nn.Module):
         call = (again_in_backward if self.checkpointing and torch.is_grad_enabled()
                 else lambda layer, *args: layer(*args))
         for i, layer in enumerate(self.layers):
-            x = call(layer, x, cos, sin, functools.partial(attend, i),
-                     rows if layer is self.layers[-1] else slice(None))
+            every = rows is None or layer is not self.layers[-1]
+            asking = (lambda t: t) if every else (lambda t: t[rows])
+            x = call(layer, x, cos, sin, functools.partial(attend, i), asking)
         return self.norm(x)
 
     def logits(self, tokens):

@@ -265,7 +265,7 @@ def dot(q, k):
 class Cache:
     """Keys and values of some prompts, each stored once, and of S running completions of them.
 
-    prompts[layer][u]   [2, K, P_u, C]    keys and values
+    prompts[layer][u]   [2, 1, K, P_u, C] keys and values
     own[layer]          [2, S, K, L, C]   those of the completions, in the order of their prompts, with room
                                           for L tokens each
     counts[u]                             running completions of prompt u
@@ -336,11 +336,11 @@ class Cache:
     def _attend_prompts(self, layer, q, k, v):
         """Each segment (prompt, start, end) sees itself causally,
         and what was stored of its prompt before."""
-        sizes, (H, K) = [end - start for _, start, end in self.segments], (q.shape[1], k.shape[1])
+        sizes, K = [end - start for _, start, end in self.segments], k.shape[1]
         asking = sizes if len(q) == len(k) else [int(end == self.lengths[u]) for u, _, end in self.segments]
         out = [q[:0]]  # in the last layer perhaps nobody asks
         for (u, start, end), q, k, v in zip(self.segments, q.split(asking), k.split(sizes), v.split(sizes)):
-            store = self.prompts[layer][u]                                              # [2, K, P, C]
+            store = self.prompts[layer][u]                                              # [2, 1, K, P, C]
             store[0, 0, :, start:end], store[1, 0, :, start:end] = k.transpose(0, 1), v.transpose(0, 1)
             if not len(q):
                 continue
@@ -354,17 +354,18 @@ class Cache:
 
     def _attend_step(self, layer, q, k, v):
         """One new token of each completion."""
-        S, own = len(q), self.own[layer]
-        q = q.unflatten(1, (k.shape[1], -1))                                            # [S, K, H/K, C]
+        S, (K, C), own = q.shape[0], k.shape[1:], self.own[layer]
         own.index_copy_(3, self.at, torch.stack([k, v]).unsqueeze(3))
+        q = q.view(S, K, -1, C)                                                         # [S, K, H/K, C]
         if not self.shared:
             return F.scaled_dot_product_attention(q, *own, attn_mask=self.mask).flatten(1, 2)
         # all completions of a prompt are rows of one product with its keys, which are read once
-        rows = [part.flatten(1, 2)[None] for part in q.transpose(0, 1).split(self.counts, 1)]
-        outs, lses = zip(*[attention_lse(r, *prompt.unbind()) for r, prompt in zip(rows, self.prompts[layer])])
-        there, b = (x[0].unflatten(1, (S, -1)).transpose(0, 1) for x in (torch.cat(outs, 2), torch.cat(lses, 2)))
+        rows = [part.reshape(1, K, -1, C) for part in q.transpose(0, 1).split(self.counts, 1)]
+        outs, lses = zip(*[attention_lse(part, *prompt.unbind())
+                           for part, prompt in zip(rows, self.prompts[layer])])
+        there, b = torch.cat(outs, 2).view(K, S, -1, C), torch.cat(lses, 2).view(K, S, -1)
         here, a = attention_lse(q, *own.unbind(), mask=self.mask)  # to its own tokens
-        return merged(here, a, there, b).flatten(1, 2)
+        return merged(here, a, there.transpose(0, 1), b.transpose(0, 1)).flatten(1, 2)
 
 
 def prefill(model, cache, prompts, chunk):
@@ -402,8 +403,8 @@ def logits_of(model, hidden):
 
 
 def pick(z, noise, top_p=1.0, top_k=0, min_p=0.0):
-    """One token per row of tempered logits z [S, V],
-    by the inverse of the distribution function at noise [S] in [0, 1)."""
+    """One token [S, 1] per row of tempered logits z [S, V],
+    by the inverse of the distribution function at noise [S, 1] in [0, 1)."""
     if min_p > 0:  # tokens less than min_p times as likely as the likeliest are out
         z = z.masked_fill(z < z.amax(-1, keepdim=True) + math.log(min_p), -math.inf)
     if 0 < top_k < z.shape[-1]:
@@ -413,7 +414,7 @@ def pick(z, noise, top_p=1.0, top_k=0, min_p=0.0):
         p = ordered.softmax(-1)
         z = z.scatter(-1, index, ordered.masked_fill(p.cumsum(-1) - p >= top_p, -math.inf))
     mass = z.softmax(-1).cumsum(-1, dtype=torch.double)  # fp32 would round away the tail of 150K summands
-    token = torch.searchsorted(mass, noise.double()[:, None] * mass[:, -1:], right=True)[:, 0]
+    token = torch.searchsorted(mass, noise * mass[:, -1:], right=True)
     return token.clamp(max=z.shape[-1] - 1)  # of NaN any: the step's loss is NaN too, skipped and counted
 
 
@@ -424,15 +425,15 @@ def draw(batch, logits):
     # into rows again, which logits_of made as columns
     z = torch.div(logits, temperature, out=torch.empty(logits.shape, device=logits.device))
     shown = z if batch.seen is None else z - batch.penalty / temperature * batch.seen
-    token = (shown.argmax(-1) if batch.temperature == 0
-             else pick(shown, batch.noise[batch.which, batch.t], **batch.cuts))
+    token = (shown.argmax(-1, keepdim=True) if batch.temperature == 0                # [S, 1]
+             else pick(shown, batch.noise.index_select(1, batch.t), **batch.cuts))
     # the log-prob is the trainer's: tempered, but neither penalised nor cut off
-    batch.logps[batch.which, batch.t] = z.log_softmax(-1).gather(1, token[:, None])[:, 0]
-    batch.written[batch.which, batch.t] = token
-    batch.stopped.copy_((token[:, None] == batch.stops).any(1))
+    batch.logps.index_copy_(1, batch.t, z.log_softmax(-1).gather(1, token))
+    batch.written.index_copy_(1, batch.t, token)
+    batch.stopped.copy_((token == batch.stops).any(1))
     if batch.seen is not None:
-        batch.seen.scatter_(1, token[:, None], True)
-    batch.tokens.copy_(token)
+        batch.seen.scatter_(1, token, True)
+    batch.tokens.copy_(token[:, 0])
     batch.positions += 1
     batch.t += 1
 
@@ -535,11 +536,10 @@ def sample_wave(model, prompts, n, noise, temperature, cuts, penalty, stop_ids, 
     cache = Cache(model.config, lengths, model.head_weight.dtype, device)
     logits = logits_of(model, prefill(model, cache, prompts, chunk))                # [U, V]
     cache.start(n)
-    which = np.arange(count)                                                        # slot -> completion
     batch = SimpleNamespace(
         tokens=torch.zeros(count, dtype=torch.long, device=device),                 # [S] the last ones, and
         positions=torch.tensor(lengths, device=device).repeat_interleave(n) - 1,    # [S] where they stand
-        which=torch.from_numpy(which).to(device), t=torch.zeros(1, dtype=torch.long, device=device),
+        t=torch.zeros(1, dtype=torch.long, device=device),                          # tokens written so far
         stopped=torch.zeros(count, dtype=torch.bool, device=device),
         stops=torch.tensor(list(stop_ids), dtype=torch.long, device=device),
         noise=torch.from_numpy(noise).to(device), temperature=temperature, cuts=cuts, penalty=penalty,
@@ -547,22 +547,22 @@ def sample_wave(model, prompts, n, noise, temperature, cuts, penalty, stop_ids, 
         written=torch.zeros(noise.shape, dtype=torch.long, device=device),
         logps=torch.zeros(noise.shape, device=device))
     draw(batch, logits.repeat_interleave(n, 0))
-    ended, step = np.zeros(count, dtype=bool), None
+    which, alive, step = np.arange(count), np.ones(count, dtype=bool), None         # slot -> completion
 
     for t in range(1, max_new_tokens + 1):
-        for i, stop in zip(which, batch.stopped.cpu().numpy()):               # every step's only transfer
-            if (stop or t == max_new_tokens) and not ended[i]:
-                ended[i] = True
-                finish(i, batch.written[i, :t].tolist(), batch.logps[i, :t].tolist(), bool(stop))
-        alive = ~ended[which]                                                       # [S]
+        stopped = batch.stopped.cpu().numpy()                                       # every step's only transfer
+        for slot in np.flatnonzero(alive & (stopped | (t == max_new_tokens))):
+            finish(which[slot], batch.written[slot, :t].tolist(), batch.logps[slot, :t].tolist(),
+                   bool(stopped[slot]))
+            alive[slot] = False
         if not alive.any():
             return
         if alive.mean() <= 0.75:  # finished completions leave once a quarter is idle: copying the rest pays
-            which, step = which[alive], None
             cache.keep(alive)
             rows = torch.from_numpy(np.flatnonzero(alive)).to(device)
-            for name in ("tokens", "positions", "which", "stopped") + ("seen",) * bool(penalty):
+            for name in ("tokens", "positions", "stopped", "noise", "written", "logps") + ("seen",) * bool(penalty):
                 setattr(batch, name, getattr(batch, name)[rows])
+            which, alive, step = which[alive], alive[alive], None
         if cache.grow() or step is None:
             step = stepper(model, cache, batch)
         step()

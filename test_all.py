@@ -1754,9 +1754,10 @@ def test_the_presence_penalty_is_taken_from_tokens_already_written():
 @pytest.mark.parametrize("cuts", [dict(), *CUTS], ids=str)
 def test_every_token_is_drawn_as_often_as_its_probability_says(cuts):
     logits, M = tiny_model().logits([1, 2, 3])[-1].detach(), 20000
-    noise = (torch.arange(M) + 0.5) / M             # an even grid, not chance: counts are exact to one
+    noise = (torch.arange(M) + 0.5)[:, None] / M    # an even grid, not chance: counts are exact to one
     z = (logits / cuts.get("temperature", 1.0)).expand(M, -1)
-    drawn = rollout.pick(z, noise, **{k: v for k, v in cuts.items() if k != "temperature"}).bincount(minlength=12)
+    drawn = rollout.pick(z, noise, **{k: v for k, v in cuts.items() if k != "temperature"})[:, 0]
+    drawn = drawn.bincount(minlength=12)
     wanted = torch.tensor(slow_distribution(logits.tolist(), **cuts)) * M
     assert (drawn - wanted).abs().max() <= 1 and ((drawn == 0) == (wanted == 0)).all()
 
@@ -1913,7 +1914,7 @@ def batch_of(student, cache, n, R, device, penalty=0.5, temperature=0.8):
     zeros = lambda *shape, dtype=torch.long: torch.zeros(*shape, dtype=dtype, device=device)
     return SimpleNamespace(
         tokens=zeros(S), positions=torch.tensor(cache.lengths, device=device).repeat_interleave(n) - 1,
-        which=torch.arange(S, device=device), t=zeros(1), stopped=zeros(S, dtype=torch.bool),
+        t=zeros(1), stopped=zeros(S, dtype=torch.bool),
         stops=zeros(2) + 3, noise=torch.rand(S, R, generator=torch.Generator().manual_seed(0)).to(device),
         penalty=penalty, seen=zeros(S, student.n_vocab, dtype=torch.bool), written=zeros(S, R),
         logps=zeros(S, R, dtype=torch.float32),
