@@ -751,7 +751,7 @@ class Linear(nn.Linear):
         if not x.is_cpu or x.shape[0] > 64 or weight.numel() < 2**15:
             return F.linear(x, weight, bias)
         # Few rows, as in decoding, and 128 KB of fp32 weights or more: this way round a CPU takes half the
-        # time. contiguous: attention asks kernels directly, which take no other layout
+        # time. contiguous: heads are views of it, and attention's kernels take no other layout
         y = F.linear(weight, x).t().contiguous()
         return y if bias is None else y + bias
 
@@ -1365,7 +1365,7 @@ def memory_needed(config, stream, rows, kind="cpu", checkpointing=False, teacher
         T b L D      and then the larger of  T b (E + W)  and the head,
     where the head is 3 buffers of a chunk of logits (kernels.CHUNK_BYTES), and b (2 T + 3 N) D of hidden
     states. In either case two [V, D] gradients of the embedding and the head. In bf16 the cast weights of
-    what is kept count too. Sampling holds the cache, 2 L K C b bytes a position, and 20 bytes for each of its
+    what is kept count too. Sampling holds the cache, 2 L K C b bytes a position, and 16 bytes for each of its
     logits. Tests compare this with measured peaks."""
     b, fp32 = (2, 4) if kind == "cuda" else (4, 4)
     n, D, V, I, L = (n_parameters(config) / world, config.hidden_size, config.vocab_size,
@@ -1379,7 +1379,7 @@ def memory_needed(config, stream, rows, kind="cpu", checkpointing=False, teacher
     kept = stream * b * L * D if checkpointing else L * layer
     peak = max(layer + work, head) if checkpointing else max(work, head)
     update = state | {"gradients": 4 * n, "activations": kept + peak + 2 * fp32 * V * D}
-    sampling = state | {"cache": cached * 2 * L * KC * b, "logits": slots * V * 20}
+    sampling = state | {"cache": cached * 2 * L * KC * b, "logits": slots * V * 16}
     scoring = dict(state)
     if b == 2:
         sampling["weights in bf16"] = 2 * n * world

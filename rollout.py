@@ -235,9 +235,10 @@ class Completion:
 def attention_lse(q, k, v, causal=False, mask=None):
     """softmax(q k^T / sqrt(C) + mask) v [B, H, n, C], and the log of its denominator [B, H, n] in fp32.
 
-    q [B, H, n, C], k and v [B, H, m, C]; every query sees all keys, or with causal (n = m) those up to its
-    own. PyTorch's public call keeps the denominator to itself, so this asks the flash kernels behind it (on
-    CUDA: fp16 or bf16), of which only the CPU's takes a mask."""
+    q [B, H, n, C], k and v [B, K, m, C] with H a multiple of K, for CUDA's mask equal; every query sees all
+    keys, or with causal (n = m) those up to its own. PyTorch's public call keeps the denominator to itself,
+    so this asks the flash kernels behind it (on CUDA: fp16 or bf16), of which only the CPU's takes a
+    mask."""
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal,
                                                                           attn_mask=mask)
@@ -337,9 +338,9 @@ class Cache:
         """Each segment (prompt, start, end) sees itself causally,
         and what was stored of its prompt before."""
         sizes, K = [end - start for _, start, end in self.segments], k.shape[1]
-        asking = sizes if len(q) == len(k) else [int(end == self.lengths[u]) for u, _, end in self.segments]
+        queries = sizes if len(q) == len(k) else [int(end == self.lengths[u]) for u, _, end in self.segments]
         out = [q[:0]]  # in the last layer perhaps nobody asks
-        for (u, start, end), q, k, v in zip(self.segments, q.split(asking), k.split(sizes), v.split(sizes)):
+        for (u, start, end), q, k, v in zip(self.segments, q.split(queries), k.split(sizes), v.split(sizes)):
             store = self.prompts[layer][u]                                              # [2, 1, K, P, C]
             store[0, 0, :, start:end], store[1, 0, :, start:end] = k.transpose(0, 1), v.transpose(0, 1)
             if not len(q):
@@ -394,12 +395,14 @@ def prefill(model, cache, prompts, chunk):
     return torch.cat(last)
 
 
-def logits_of(model, hidden):
-    """[S, D] -> [S, V] in fp32; rows of the head beyond the tokenizer's ids are never sampled."""
+def logits_of(model, hidden, temperature):
+    """[S, D] -> logits / temperature [S, V] in fp32, at temperature 0 (greedy) the logits; rows of the head
+    beyond the tokenizer's ids are never sampled."""
     head = model.head_weight[:model.n_vocab]
-    logits = torch.empty(len(head), len(hidden), device=hidden.device)
+    logits, z = (torch.empty(shape, device=hidden.device)
+                 for shape in ((len(head), len(hidden)), (len(hidden), len(head))))
     matmul(head, hidden.T, out=logits)  # this way round few rows take a CPU half the time
-    return logits.T
+    return torch.div(logits.T, temperature or 1.0, out=z)
 
 
 def pick(z, noise, top_p=1.0, top_k=0, min_p=0.0):
@@ -413,18 +416,15 @@ def pick(z, noise, top_p=1.0, top_k=0, min_p=0.0):
         ordered, index = z.sort(-1, descending=True)
         p = ordered.softmax(-1)
         z = z.scatter(-1, index, ordered.masked_fill(p.cumsum(-1) - p >= top_p, -math.inf))
-    mass = z.softmax(-1).cumsum(-1, dtype=torch.double)  # fp32 would round away the tail of 150K summands
+    mass = z.softmax(-1).double().cumsum_(-1)  # fp32 would round away the tail of 150K summands
     token = torch.searchsorted(mass, noise * mass[:, -1:], right=True)
     return token.clamp(max=z.shape[-1] - 1)  # of NaN any: the step's loss is NaN too, skipped and counted
 
 
-def draw(batch, logits):
-    """Sample the next token of every running completion from logits [S, V],
+def draw(batch, z):
+    """Sample the next token of every running completion from tempered logits z [S, V],
     note it and its log-prob, and move on."""
-    temperature = batch.temperature or 1.0  # 0, greedy, notes log-probs as at 1
-    # into rows again, which logits_of made as columns
-    z = torch.div(logits, temperature, out=torch.empty(logits.shape, device=logits.device))
-    shown = z if batch.seen is None else z - batch.penalty / temperature * batch.seen
+    shown = z if batch.seen is None else z - batch.penalty / (batch.temperature or 1.0) * batch.seen
     token = (shown.argmax(-1, keepdim=True) if batch.temperature == 0                # [S, 1]
              else pick(shown, batch.noise.index_select(1, batch.t), **batch.cuts))
     # the log-prob is the trainer's: tempered, but neither penalised nor cut off
@@ -444,9 +444,9 @@ def decode(model, cache, batch):
     All that changes from step to step lives in tensors on the device, nothing goes to the host and no shape
     hangs on a value: so a CUDA graph can record one step and repeat it."""
     cache.mask.index_fill_(3, cache.at, 0.0)
-    logits = logits_of(model, model(batch, cache))
+    hidden = model(batch, cache)
     cache.at += 1
-    draw(batch, logits)
+    draw(batch, logits_of(model, hidden, batch.temperature))
 
 
 def stepper(model, cache, batch):
@@ -523,8 +523,8 @@ def generate(model, prompts, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0
         names = [(i, j) for i in wave for j in range(n)]
         noise = np.stack([np.random.default_rng([*seed, numbers[i], j])
                           .random(max_new_tokens, dtype=np.float32) for i, j in names])
-        sample_wave(model, [prompts[i] for i in wave], n, noise, temperature, cuts, presence_penalty, stop_ids,
-                    chunk, lambda index, *rest: finish(names[index], *rest))
+        sample_wave(model, [prompts[i] for i in wave], n, noise, temperature, cuts, presence_penalty,
+                    stop_ids, chunk, lambda index, *rest: finish(names[index], *rest))
     return [[done[i, j] for j in range(n)] for i in range(len(prompts))]
 
 
@@ -534,7 +534,7 @@ def sample_wave(model, prompts, n, noise, temperature, cuts, penalty, stop_ids, 
     device, (count, max_new_tokens) = model.device, noise.shape
     lengths = [len(p) for p in prompts]
     cache = Cache(model.config, lengths, model.head_weight.dtype, device)
-    logits = logits_of(model, prefill(model, cache, prompts, chunk))                # [U, V]
+    hidden = prefill(model, cache, prompts, chunk)                                  # [U, D]
     cache.start(n)
     batch = SimpleNamespace(
         tokens=torch.zeros(count, dtype=torch.long, device=device),                 # [S] the last ones, and
@@ -546,11 +546,12 @@ def sample_wave(model, prompts, n, noise, temperature, cuts, penalty, stop_ids, 
         seen=torch.zeros(count, model.n_vocab, dtype=torch.bool, device=device) if penalty else None,
         written=torch.zeros(noise.shape, dtype=torch.long, device=device),
         logps=torch.zeros(noise.shape, device=device))
-    draw(batch, logits.repeat_interleave(n, 0))
-    which, alive, step = np.arange(count), np.ones(count, dtype=bool), None         # slot -> completion
+    draw(batch, logits_of(model, hidden, temperature).repeat_interleave(n, 0))
+    which = np.arange(count)                                                        # slot -> completion
+    alive, step = np.ones(count, dtype=bool), None
 
     for t in range(1, max_new_tokens + 1):
-        stopped = batch.stopped.cpu().numpy()                                       # every step's only transfer
+        stopped = batch.stopped.cpu().numpy()                                 # every step's only transfer
         for slot in np.flatnonzero(alive & (stopped | (t == max_new_tokens))):
             finish(which[slot], batch.written[slot, :t].tolist(), batch.logps[slot, :t].tolist(),
                    bool(stopped[slot]))
@@ -558,11 +559,13 @@ def sample_wave(model, prompts, n, noise, temperature, cuts, penalty, stop_ids, 
         if not alive.any():
             return
         if alive.mean() <= 0.75:  # finished completions leave once a quarter is idle: copying the rest pays
+            step = None  # its graph holds memory
             cache.keep(alive)
             rows = torch.from_numpy(np.flatnonzero(alive)).to(device)
-            for name in ("tokens", "positions", "stopped", "noise", "written", "logps") + ("seen",) * bool(penalty):
+            per_slot = ["tokens", "positions", "stopped", "noise", "written", "logps"]
+            for name in per_slot + ["seen"] * bool(penalty):
                 setattr(batch, name, getattr(batch, name)[rows])
-            which, alive, step = which[alive], alive[alive], None
+            which, alive = which[alive], alive[alive]
         if cache.grow() or step is None:
             step = stepper(model, cache, batch)
         step()

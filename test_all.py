@@ -713,6 +713,16 @@ def test_the_formula_of_memory_lies_within_a_quarter_of_the_measured_peak(P, che
     assert 1 / 1.25 < need / peak < 1.25
 
 
+@pytest.mark.parametrize("n", [1, 16])
+def test_the_formula_of_memory_holds_what_sampling_takes(n):
+    config = Config(20_000, 8, 16, 1, 2, 1, 4)
+    student, prompts, R = new_model(config, 0), [[1] * 50] * (64 // n), 3
+    with Alive() as meter:
+        generate(student, prompts, n, R)
+    parts = model.memory_needed(config, 50, 1, slots=64, cached=len(prompts) * (50 + n * R))["sampling"]
+    assert 1 / 1.1 < (parts["cache"] + parts["logits"]) / meter.peak < 1.1
+
+
 def test_a_shared_prompt_takes_a_third_of_the_memory_of_repeated_ones():
     student, prompt, completions = new_model(Config(1000, 64, 192, 4, 4, 2, 16), 0), [1] * 512, [[1] * 16] * 8
     shared, _ = peak_of_a_step(student, [(prompt, completions)])
@@ -1740,12 +1750,14 @@ def test_sampling_equals_the_slow_sampler_token_by_token(cuts):
     assert tokens_of(generate(student, prompts, 2, 8, seed=5, stop_ids=(3, 7), **cuts)) == slow
 
 
-def test_the_presence_penalty_is_taken_from_tokens_already_written():
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_presence_penalty_is_taken_from_tokens_already_written(temperature):
     student, prompts = tiny_model(), three_prompts()
-    options = dict(seed=5, stop_ids=(3, 7))         # some stop early; what the others wrote stays theirs
+    # some stop early; what the others wrote stays theirs
+    options = dict(seed=5, stop_ids=(3, 7), temperature=temperature)
     found = tokens_of(generate(student, prompts, 4, 9, presence_penalty=1.5, **options))
-    assert found == [[slow_generate(student, p, 9, 5, i, j, 1.5, (3, 7)) for j in range(4)]
-                     for i, p in enumerate(prompts)]
+    assert found == [[slow_generate(student, p, 9, 5, i, j, 1.5, (3, 7), temperature=temperature)
+                      for j in range(4)] for i, p in enumerate(prompts)]
     assert found != tokens_of(generate(student, prompts, 4, 9, **options))
     greedy = tokens_of(generate(student, prompts, 1, 12, temperature=0, presence_penalty=1e6))
     assert all(sorted(c) == list(range(12)) for group in greedy for c in group)     # every token once
@@ -1756,10 +1768,20 @@ def test_every_token_is_drawn_as_often_as_its_probability_says(cuts):
     logits, M = tiny_model().logits([1, 2, 3])[-1].detach(), 20000
     noise = (torch.arange(M) + 0.5)[:, None] / M    # an even grid, not chance: counts are exact to one
     z = (logits / cuts.get("temperature", 1.0)).expand(M, -1)
-    drawn = rollout.pick(z, noise, **{k: v for k, v in cuts.items() if k != "temperature"})[:, 0]
-    drawn = drawn.bincount(minlength=12)
+    cuts_only = {name: value for name, value in cuts.items() if name != "temperature"}
+    drawn = rollout.pick(z, noise, **cuts_only)[:, 0].bincount(minlength=12)
     wanted = torch.tensor(slow_distribution(logits.tolist(), **cuts)) * M
     assert (drawn - wanted).abs().max() <= 1 and ((drawn == 0) == (wanted == 0)).all()
+
+
+def test_the_tail_of_a_large_vocabulary_is_not_rounded_away():
+    """100,000 tokens of 1e-8 each behind one of 0.999: sums in fp32 would move in steps of six tokens."""
+    z = torch.zeros(1, 100_001)
+    z[:, 0] = math.log(0.999 / 1e-8)
+    noise = (1 - torch.arange(1, 10_000) * 2.0**-24)[:, None]  # the largest numbers that fp32 noise can be
+    mass = np.cumsum(z.softmax(-1).double().numpy())
+    wanted = [np.searchsorted(mass, u * mass[-1], side="right") for u in noise[:, 0].tolist()]
+    assert [rollout.pick(z, u[None]).item() for u in noise[::100]] == wanted[::100] and wanted[-1] < 1e5
 
 
 def test_pairs_of_tokens_come_as_often_as_the_model_says():
@@ -1952,10 +1974,10 @@ def test_a_decoding_step_reads_its_state_from_its_buffers_alone(way):
     student = tiny_model()
     cache = rollout.Cache(student.config, [9, 4, 17], torch.float32, "cpu")
     with torch.no_grad():
-        logits = rollout.logits_of(student, rollout.prefill(student, cache, three_prompts(), 8))
+        z = rollout.logits_of(student, rollout.prefill(student, cache, three_prompts(), 8), 0.8)
         cache.start(2)
         batch = batch_of(student, cache, 2, 8, "cpu")
-        rollout.draw(batch, logits.repeat_interleave(2, 0))
+        rollout.draw(batch, z.repeat_interleave(2, 0))
         cache.grow()
         step = rollout.stepper(student, cache, batch)
         state = [x for x in [*vars(batch).values(), cache.at, cache.mask, *cache.own]
