@@ -871,7 +871,7 @@ class Attention(nn.Module):
             self.q_norm = self.k_norm = nn.Identity()
 
     def forward(self, x, cos, sin, attend, asking):
-        """x [T, D] -> [n, D]: only `asking(x)` ask, keys and values are those of all."""
+        """x [T, D] -> [n, D]: only the rows that `asking` picks ask, keys and values are those of all."""
         q, k, v = (h.view(-1, h.shape[1] // self.head_dim, self.head_dim)          # [n or T, heads, C]
                    for h in (self.q_proj(asking(x)), self.k_proj(x), self.v_proj(x)))
         q, k = rotate(self.q_norm(q), asking(cos), asking(sin)), rotate(self.k_norm(k), cos, sin)

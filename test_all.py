@@ -1830,15 +1830,18 @@ def test_cache_and_chunked_prefill_give_the_hidden_states_of_a_full_pass(chunk, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("hidden", ["nothing", "the future", "what a mask says"])
-def test_attention_with_its_denominator_equals_the_formula(hidden, dtype):
+@pytest.mark.parametrize("hidden, H", [("nothing", 3), ("nothing", 6), ("the future", 3), ("the future", 6),
+                                       ("what a mask says", 3)])
+def test_attention_with_its_denominator_equals_the_formula(hidden, H, dtype):
     g, causal = torch.Generator().manual_seed(0), hidden == "the future"
-    q, k, v = (torch.randn(2, 3, n, 8, generator=g).to(dtype) for n in ((6, 6, 6) if causal else (5, 70, 70)))
+    shapes = ((H, 6), (3, 6), (3, 6)) if causal else ((H, 5), (3, 70), (3, 70))
+    q, k, v = (torch.randn(2, *shape, 8, generator=g).to(dtype) for shape in shapes)
     mask = None
     if hidden == "what a mask says":                        # as in Cache: one row for each completion
         mask = torch.zeros(2, 1, 1, 70, dtype=dtype)
         mask[0, ..., 9:], mask[1, ..., :60] = -math.inf, -math.inf
-    scores = (q.double() @ k.double().transpose(2, 3)) / 8 ** 0.5 + (0 if mask is None else mask.double())
+    every = [x.double().repeat_interleave(H // 3, 1) for x in (k, v)]       # those of each query head
+    scores = (q.double() @ every[0].transpose(2, 3)) / 8 ** 0.5 + (0 if mask is None else mask.double())
     if causal:
         scores = scores.masked_fill(torch.ones(6, 6).triu(1).bool(), -math.inf)
     ways = [rollout.attention_lse(q, k, v, causal, mask)]
@@ -1847,7 +1850,7 @@ def test_attention_with_its_denominator_equals_the_formula(hidden, dtype):
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     for out, lse in ways:
         assert out.dtype == dtype and lse.dtype == torch.float32
-        close(out.double(), scores.softmax(-1) @ v.double(), tolerance)
+        close(out.double(), scores.softmax(-1) @ every[1], tolerance)
         close(lse.double(), scores.logsumexp(-1), tolerance)
 
 
