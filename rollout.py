@@ -337,7 +337,7 @@ class Cache:
     def _attend_prompts(self, layer, q, k, v):
         """Each segment (prompt, start, end) sees itself causally,
         and what was stored of its prompt before."""
-        sizes, K = [end - start for _, start, end in self.segments], k.shape[1]
+        sizes = [end - start for _, start, end in self.segments]
         queries = sizes if len(q) == len(k) else [int(end == self.lengths[u]) for u, _, end in self.segments]
         out = [q[:0]]  # in the last layer perhaps nobody asks
         for (u, start, end), q, k, v in zip(self.segments, q.split(queries), k.split(sizes), v.split(sizes)):
@@ -347,9 +347,8 @@ class Cache:
                 continue
             causal, q = len(q) == len(k), q.transpose(0, 1)  # else it is the last token, which sees all
             here, a = attention_lse(q[None], *store[..., start:end, :], causal=causal)  # [1, H, n, C]
-            if start:  # the query heads of one key head are more rows of one product: its keys are read once
-                before, b = attention_lse(q.reshape(1, K, -1, q.shape[2]), *store[..., :start, :])
-                here = merged(here, a, before.reshape(here.shape), b.reshape(a.shape))
+            if start:
+                here = merged(here, a, *attention_lse(q[None], *store[..., :start, :]))
             out.append(here[0].transpose(0, 1))
         return torch.cat(out)
 
