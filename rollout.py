@@ -266,7 +266,7 @@ def dot(q, k):
 class Cache:
     """Keys and values of some prompts, each stored once, and of S running completions of them.
 
-    prompts[layer][u]   [2, 1, K, P_u, C] keys and values
+    prompts[layer][u]   [2, 1, K, P_u, C] keys and values, each a batch of one
     own[layer]          [2, S, K, L, C]   those of the completions, in the order of their prompts, with room
                                           for L tokens each
     counts[u]                             running completions of prompt u
@@ -319,8 +319,8 @@ class Cache:
         return full
 
     def keep(self, alive):
-        """Drop the completions that are not alive (bool [S], on the host),
-        and the prompts that have none left."""
+        """Drop the completions that are not alive (bool [S], on the host), and the prompts that have none
+        left. -> the rows of those that stay, on the device."""
         self.counts = [int(part.sum()) for part in np.split(alive, np.cumsum(self.counts)[:-1])]
         self.prompts = [[p for p, count in zip(prompts, self.counts) if count] for prompts in self.prompts]
         self.counts = [count for count in self.counts if count]
@@ -328,6 +328,7 @@ class Cache:
         self.mask = self.mask[rows]
         for layer, own in enumerate(self.own):
             self.own[layer] = own[:, rows]
+        return rows
 
     def attend(self, layer, q, k, v):
         """q [n, H, C], k and v [T, K, C] -> [n, H, C]; k and v are stored on the way. n = T, but for the last
@@ -398,10 +399,10 @@ def logits_of(model, hidden, temperature):
     """[S, D] -> logits / temperature [S, V] in fp32, at temperature 0 (greedy) the logits; rows of the head
     beyond the tokenizer's ids are never sampled."""
     head = model.head_weight[:model.n_vocab]
-    logits, z = (torch.empty(shape, device=hidden.device)
-                 for shape in ((len(head), len(hidden)), (len(hidden), len(head))))
+    logits = torch.empty(len(head), len(hidden), device=hidden.device)
     matmul(head, hidden.T, out=logits)  # this way round few rows take a CPU half the time
-    return torch.div(logits.T, temperature or 1.0, out=z)
+    rows = torch.empty(logits.T.shape, device=hidden.device)  # by itself a quotient would keep the columns
+    return torch.div(logits.T, temperature or 1.0, out=rows)
 
 
 def pick(z, noise, top_p=1.0, top_k=0, min_p=0.0):
@@ -559,8 +560,7 @@ def sample_wave(model, prompts, n, noise, temperature, cuts, penalty, stop_ids, 
             return
         if alive.mean() <= 0.75:  # finished completions leave once a quarter is idle: copying the rest pays
             step = None  # its graph holds memory
-            cache.keep(alive)
-            rows = torch.from_numpy(np.flatnonzero(alive)).to(device)
+            rows = cache.keep(alive)
             per_slot = ["tokens", "positions", "stopped", "noise", "written", "logps"]
             for name in per_slot + ["seen"] * bool(penalty):
                 setattr(batch, name, getattr(batch, name)[rows])
